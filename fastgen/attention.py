@@ -1,0 +1,67 @@
+"""Which attention kernel the networks use, chosen through Diffusers and tried before it is trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def set_attention(networks: list[nn.Module], choice: str, device: torch.device) -> str:
+    """Switch every network to ``choice`` and return the name of what they use now.
+
+    "auto" takes the best that works on this machine: xformers on CUDA if it is installed, else PyTorch's own
+    scaled_dot_product_attention, which itself picks flash or memory-efficient kernels on CUDA. Raises ValueError if a
+    named kernel does not work here. Not yet run on a GPU: "xformers" and "flash".
+    """
+    if choice == "sdpa" or (choice == "auto" and device.type != "cuda"):
+        return "sdpa"
+    order = ["xformers", "sdpa"] if choice == "auto" else [choice]
+    for name in order:
+        if name == "sdpa":
+            return name
+        try:
+            _probe(name, device)
+            for network in networks:
+                _switch(network, name)
+        except (ImportError, ModuleNotFoundError, RuntimeError, ValueError, NotImplementedError) as error:
+            if choice != "auto":
+                reason = str(error).strip().split("\n")[0]
+                raise ValueError(f"attention {choice!r} does not work here ({reason}); use auto or sdpa") from None
+            continue
+        return name
+    return "sdpa"
+
+
+def _probe(name: str, device: torch.device) -> None:
+    """Run the kernel once on a small input of this device. Raises if it cannot."""
+    if device.type != "cuda":
+        raise ValueError(f"it needs a CUDA device, this is {device.type}")
+    x = torch.zeros(1, 8, 2, 32, device=device, dtype=torch.float16)
+    if name == "xformers":
+        from xformers.ops import memory_efficient_attention
+
+        memory_efficient_attention(x, x, x)
+    else:
+        from flash_attn import flash_attn_func
+
+        flash_attn_func(x, x, x)
+
+
+def _switch(network: nn.Module, name: str) -> None:
+    model: Any = network
+    if name == "xformers" and not _dispatches(network):
+        model.enable_xformers_memory_efficient_attention()
+        return
+    if not _dispatches(network):
+        raise ValueError(f"{type(network).__name__} uses Diffusers' older attention, which has no {name!r}")
+    switch: Callable[[str], None] = model.set_attention_backend
+    switch(name)
+
+
+def _dispatches(network: nn.Module) -> bool:
+    """Whether its attention processors go through Diffusers' dispatcher, which the U-Nets' do not."""
+    processors = getattr(network, "attn_processors", {})
+    return bool(processors) and all(hasattr(p, "_attention_backend") for p in processors.values())

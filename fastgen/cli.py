@@ -1,0 +1,241 @@
+"""The command line. The only file that wires the rooms together; every import that costs time is inside a command."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+app = typer.Typer(
+    name="fastgen",
+    help="Distil a Diffusers pipeline into a student that makes an image in 1 to 4 steps, and judge it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Changes to the config: key.key=value, values read as YAML.", metavar="KEY=VALUE")
+]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and library warnings.")] = False,
+) -> None:
+    """Options before the command."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("fastgen").setLevel(logging.DEBUG)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.INFO)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    root = logging.getLogger("fastgen")
+    root.handlers, root.propagate = [handler], False
+    if not debug:
+        quiet()
+
+
+def quiet() -> None:
+    """Silence the libraries' loading bars and notices; what concerns the user is said by fastgen."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML config; `fastgen list configs` shows the shipped ones.")],
+    overrides: Overrides = None,
+    resume: Annotated[
+        str, typer.Option(help="auto: from the run folder's newest checkpoint; never: start anew; or a checkpoint.")
+    ] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build everything, run two steps, print sizes and times, write nothing.")
+    ] = False,
+) -> None:
+    """Distil (or pretrain) as a config says; the student is left in <run.out>/pipeline."""
+    from . import recipe as recipes
+    from .config import override, read
+    from .train import train as run
+
+    decoded = recipes.decode(override(read(find_config(config)), overrides or []), str(config))
+    if dry_run:
+        from .dry_run import dry_run as rehearse
+
+        rehearse(decoded)
+        return
+    folder = run(decoded, resume)
+    say(f"{folder / 'pipeline'} holds the result; `fastgen evaluate {folder}` judges it")
+
+
+def find_config(path: Path) -> Path:
+    """A config by its path, or by its name among the shipped ones ("emoji/demo")."""
+    if path.exists() or path.is_absolute():
+        return path
+    shipped = shipped_configs()
+    name = path.as_posix().removeprefix("configs/").removesuffix(".yaml")
+    return shipped.get(name, path)
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Name -> path of every config in fastgen.configs."""
+    import importlib
+
+    folder = Path(str(importlib.import_module("fastgen.configs").__path__[0]))
+    return {p.relative_to(folder).with_suffix("").as_posix(): p for p in sorted(folder.rglob("*.yaml"))}
+
+
+@app.command()
+def generate(
+    pipeline: Annotated[str, typer.Argument(help="A pipeline folder or Hub id.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; may be given several times.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNGs.")] = Path("images"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; a student knows its own.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="A student needs none; 1.0 is off.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Image i of a prompt depends on this and i alone.")] = 0,
+    num_images: Annotated[int, typer.Option("--num-images", "-n", min=1, help="Images per prompt.")] = 1,
+    dtype: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Of the weights.")] = "fp32",
+) -> None:
+    """Make images with a pipeline, distilled or not."""
+    import torch
+
+    from .export import load
+    from .recipe import locate
+    from .rng import seed_of
+    from .train import DTYPES, check_pipeline
+
+    path = locate(pipeline)
+    if Path(path).exists():
+        check_pipeline(Path(path))
+    pipe = load(path, dtype=DTYPES[dtype])
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    given: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+    call = {name: value for name, value in given.items() if value is not None}
+    out.mkdir(parents=True, exist_ok=True)
+    for number, text in enumerate(prompt):
+        for index in range(num_images):
+            generator = torch.Generator().manual_seed(seed_of(seed, index))
+            image = pipe(text, generator=generator, **call).images[0]
+            path_out = out / f"{number:04d}_{index:02d}.png"
+            image.save(path_out)
+            say(f"{path_out}  {text}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[Path | None, typer.Option(help="Where to; the run's own pipeline/ if not given.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Which checkpoint; the newest if not given.")] = None,
+    save_dtype: Annotated[
+        Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Of the weights on disk; the config's if not given.")
+    ] = None,
+) -> None:
+    """Write a run's student as a Diffusers pipeline; it must first give what the trainer's sampler gives."""
+    from . import checkpoint as checkpoints
+    from . import recipe as recipes
+    from .config import override, read
+    from .train import build, export_run
+
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{run}: not a run folder (no config.yaml)")
+    changes = [f"run.save_dtype={save_dtype}"] if save_dtype else []
+    recipe = recipes.decode(override(read(run / "config.yaml"), changes), str(run / "config.yaml"))
+    found = checkpoints.all_checkpoints(run)
+    if checkpoint is None and not found:
+        raise ValueError(f"{run}: holds no checkpoint yet")
+    chosen = checkpoint or found[-1]
+    checkpoints.read_state(chosen)
+    session = build(recipe)
+    checkpoints.load(chosen, session.engine, session.ema)
+    export_run(session, out or run / "pipeline")
+    say(f"{out or run / 'pipeline'} written from {chosen.name}")
+
+
+@app.command(name="list")
+def list_(
+    what: Annotated[
+        Literal["methods", "families", "metrics", "sources", "configs"] | None, typer.Argument(help="One kind, or all.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Rows for a machine.")] = False,
+) -> None:
+    """List methods, model families, metrics, data sources and shipped configs."""
+    from . import registry
+
+    kinds = {"methods": "method", "families": "family", "metrics": "metric", "sources": "source"}
+    rows = []
+    for plural in [what] if what else [*kinds, "configs"]:
+        if plural == "configs":
+            for name, path in shipped_configs().items():
+                first = path.read_text(encoding="utf-8").split("\n")[0].removeprefix("#").strip()
+                rows.append({"kind": "config", "name": name, "summary": first})
+            continue
+        for name in registry.names(kinds[plural]):
+            summary = registry.summary(registry.find(kinds[plural], name))
+            rows.append({"kind": kinds[plural], "name": name, "summary": summary})
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("kind", "name", "summary", box=None, header_style="bold")
+    for row in rows:
+        table.add_row(row["kind"], row["name"], row["summary"])
+    Console().print(table)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Rows for a machine.")] = False) -> None:
+    """Say what this machine has: versions, devices, attention kernels, weights that are missing."""
+    from .doctor import findings
+
+    rows = findings()
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+    else:
+        for row in rows:
+            typer.echo(f"{'ok ' if row['ok'] else '-- '}{row['what']:<28}{row['found']}")
+    if not all(row["ok"] for row in rows if row["needed"]):
+        raise typer.Exit(1)
+
+
+def say(text: str) -> None:
+    """A line of result, from the main process only."""
+    from . import parallel
+
+    if parallel.rank() == 0:
+        typer.echo(text)
+
+
+def main() -> None:
+    """Run the command line: exit code 2 for bad input, 1 for what failed, no traceback unless --debug."""
+    from rich.console import Console
+
+    from .engine import NonFiniteLoss
+    from .export import ExportError
+
+    try:
+        app()
+    except (ValueError, OSError, NonFiniteLoss, ExportError) as error:
+        if "--debug" in sys.argv:
+            raise
+        text = " ".join(str(error).split())
+        if isinstance(error, OSError) and not isinstance(error, ValueError):
+            text = f"{error.filename or 'i/o'}: {error.strerror or error}; nothing already written was lost"
+        Console(stderr=True).print(f"fastgen: {text}", soft_wrap=True, highlight=False, markup=False)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("fastgen: interrupted; the newest checkpoint is whole", highlight=False)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

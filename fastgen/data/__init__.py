@@ -1,0 +1,34 @@
+"""Data sources, one file each, addressed by number. A module here is a source by existing: it has ``Config``, ``open``.
+
+``open(config, image_size) -> Source``. A source knows prompts and pixels; ``batches.Batches`` turns them into what a
+method trains on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt and, where the source has images, its picture: uint8 [H, W, 3]."""
+
+    prompt: str
+    image: np.ndarray | None = None
+
+
+class Source(Protocol):
+    """Items by number, without end: what an item is depends on its index and the source's seed alone."""
+
+    has_images: bool
+
+    def __len__(self) -> int:
+        """How many items there are before they repeat."""
+        ...
+
+    def item(self, index: int) -> Item:
+        """Item number ``index``, 0 or more; past the end the source goes round, shuffled anew."""
+        ...

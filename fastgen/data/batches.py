@@ -1,0 +1,66 @@
+"""From a source's prompts and pixels to what a method trains on: conditions and latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..denoiser import Cond
+from ..family import Family
+from ..method import Batch
+from . import Source
+
+_CACHED_PROMPTS = 100_000
+
+
+class Batches:
+    """Batches of a source, encoded by a family. A prompt is encoded once; so is an image, if ``cache`` is given."""
+
+    def __init__(self, source: Source, family: Family, images: bool, cache: bool = False) -> None:
+        """images: whether the method needs them. Raises ValueError if it does and the source has none."""
+        if images and not source.has_images:
+            raise ValueError("this method needs images and the data source has prompts only; use data.source: images")
+        self._source, self._family, self._images, self._cache = source, family, images, cache
+        self._conds: dict[str, Cond] = {}
+        self._latents: dict[int, Tensor] = {}
+        self._uncond = family.uncond()
+
+    def batch(self, samples: Sequence[int]) -> Batch:
+        """samples: global indices, [B]."""
+        known = [s % len(self._source) if self._cache else s for s in samples]
+        missing = [s for s in known if s not in self._latents] if self._images else []
+        items = {s: self._source.item(s) for s in known}
+        x0 = None
+        if self._images:
+            if missing:
+                fresh = self._family.encode(pixels([items[s].image for s in missing]))
+                self._latents |= dict(zip(missing, fresh, strict=True))
+            x0 = torch.stack([self._latents[s] for s in known])
+            if not self._cache:
+                self._latents.clear()
+        return Batch(list(samples), self._cond([items[s].prompt for s in known]), self._uncond, x0)
+
+    def _cond(self, prompts: Sequence[str]) -> Cond:
+        new = sorted({p for p in prompts if p not in self._conds})
+        if len(self._conds) + len(new) > _CACHED_PROMPTS:
+            self._conds.clear()
+            new = sorted(set(prompts))
+        if new:
+            rows = self._family.encode_prompts(new)
+            for i, prompt in enumerate(new):
+                self._conds[prompt] = {name: value[i] for name, value in rows.items()}
+        return {name: torch.stack([self._conds[p][name] for p in prompts]) for name in self._uncond}
+
+
+def pixels(images: Sequence[np.ndarray | None]) -> Tensor:
+    """uint8 [H, W, 3] each -> float [B, 3, H, W] in [-1, 1]."""
+    stacked = np.stack([image for image in images if image is not None])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Float [B, 3, H, W] in [-1, 1] -> uint8, rounded as Diffusers' image processor does."""
+    return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)

@@ -1,0 +1,73 @@
+"""Prompts from a text file (one a line) or JSON lines with the key "prompt"; all that a data-free method needs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fastgen.config import option
+from fastgen.data import Item, Source
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of the source ``prompts``."""
+
+    path: str = option(help="a .txt file, one prompt a line, or .jsonl rows with the key 'prompt'")
+    seed: int = option(0, "of the order, which is shuffled anew each time round", low=0)
+
+
+class Prompts:
+    """A shuffled list of prompts."""
+
+    has_images = False
+
+    def __init__(self, config: Config) -> None:
+        """Read the file. Raises ValueError if it is missing, empty or malformed."""
+        self._prompts, self._seed = read(Path(config.path)), config.seed
+
+    def __len__(self) -> int:
+        """The number of prompts."""
+        return len(self._prompts)
+
+    def item(self, index: int) -> Item:
+        """A prompt without a picture."""
+        return Item(self._prompts[shuffled(index, len(self), self._seed)])
+
+
+def shuffled(index: int, n: int, seed: int) -> int:
+    """Where ``index`` falls when n items are gone through again and again, each time in a new order."""
+    turn, place = divmod(index, n)
+    return int(np.random.default_rng([seed, turn]).permutation(n)[place])
+
+
+def read(path: Path) -> list[str]:
+    """The prompts of a file, in order, empty lines skipped. Raises ValueError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such prompt file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if path.suffix != ".jsonl":
+            prompts.append(line.strip())
+            continue
+        try:
+            prompts.append(str(json.loads(line)["prompt"]))
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}: line {number} is not a JSON object with the key 'prompt'") from None
+    if not prompts:
+        raise ValueError(f"{path}: holds no prompt; write one a line")
+    return prompts
+
+
+def open(config: Config, image_size: tuple[int, int]) -> Source:  # noqa: A001
+    """Open the source."""
+    return Prompts(config)

@@ -1,0 +1,72 @@
+"""A network called in the paper's terms. Teacher, student and fake score are one class in different roles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .prediction import Kind, Prediction
+from .schedule import Schedule
+
+Cond = Mapping[str, Tensor]
+"""Conditioning tensors by name, batch first."""
+
+Call = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
+"""(network, x_t: [B, ...], t: [B], cond) -> y: [B, ...]: all that a model family must write."""
+
+
+class Denoise(Protocol):
+    """Anything that denoises: a Denoiser, or a function wrapped round one."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        """x_t: [B, ...]; t: [B] on the schedule's clock -> Prediction."""
+        ...
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A network with the schedule and the kind of output it was trained for.
+
+    ``autocast`` names the dtype its matrix products run in (None: the weights' own). Each call enters autocast anew:
+    one context round a whole loss would cache casts made under no_grad and so drop gradients of later calls.
+    """
+
+    network: nn.Module
+    schedule: Schedule
+    kind: Kind
+    call: Call
+    autocast: torch.dtype | None = None
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        """x_t: [B, ...]; t: [B] on the schedule's clock -> Prediction in float32 (float64 if x_t is)."""
+        at = self.schedule(t).like(x_t)
+        with torch.autocast(x_t.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            y = self.call(self.network, x_t, t, cond)
+        return Prediction(y.to(at.alpha.dtype), self.kind, x_t.to(at.alpha.dtype), at)
+
+    def with_network(self, network: nn.Module) -> Denoiser:
+        """The same denoiser round another network, for a further role."""
+        return replace(self, network=network)
+
+
+def guided(denoiser: Denoise, uncond: Cond, scale: float) -> Denoise:
+    """Classifier-free guidance, uncond + scale (cond - uncond) (Ho & Salimans 2022, arXiv 2207.12598).
+
+    A scale of 1.0 is no guidance and returns the denoiser itself; each other costs a second pass. ``uncond`` may hold
+    one row, which then serves the whole batch.
+    """
+    if scale == 1.0:
+        return denoiser
+
+    def denoise(x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        rows = {name: value.expand_as(cond[name]) for name, value in uncond.items()}
+        both = {name: torch.cat([cond[name], rows[name]]) for name in cond}
+        out = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+        pos, neg = out.y.chunk(2)
+        return Prediction(neg + scale * (pos - neg), out.kind, out.x_t[: len(x_t)], out.at.first(len(x_t)))
+
+    return denoise

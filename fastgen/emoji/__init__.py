@@ -1,0 +1,1 @@
+"""The embedded world: freely licensed emoji drawings, their captions, and scenes made of them."""

@@ -1,0 +1,198 @@
+"""The one training loop. It knows phases, optimizers and precision; it knows no method, no model and no data.
+
+``Engine.run`` yields after each step; what is done there (averaging, logging, samples, checkpoints) is the caller's
+visible loop body.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import parallel
+from .config import option
+from .method import Batch, Method, Phase
+from .rng import Noise
+
+Logs = dict[str, float]
+
+
+class Data(Protocol):
+    """An index-addressable source: the same samples give the same batch, in any process, at any time."""
+
+    def batch(self, samples: Sequence[int]) -> Batch:
+        """samples: global indices, [B], unbounded; the source wraps round and shuffles as it likes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Optim:
+    """The optimizer of one role."""
+
+    lr: float = option(1e-5, "learning rate after warm-up", above=0)
+    name: Literal["adamw", "adamw8bit"] = option("adamw", "adamw8bit needs the extra [8bit] and CUDA")
+    betas: tuple[float, float] = option((0.9, 0.999), "decay of the first and second moment")
+    weight_decay: float = option(0.01, "decoupled weight decay", low=0)
+    eps: float = option(1e-8, "added to the denominator", above=0)
+    schedule: Literal["constant", "linear", "cosine"] = option("constant", "how lr goes on after warm-up")
+    warmup: int = option(0, "steps over which lr rises from 0", low=0)
+    clip: float = option(10.0, "largest gradient norm; 0 is off", low=0)
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """The learning rate of step number ``step`` (from 0) in a run of ``steps``."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        progress = min(1.0, (step - self.warmup) / max(1, steps - self.warmup))
+        fall = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+        return self.lr * fall[self.schedule]
+
+
+class NonFiniteLoss(FloatingPointError):
+    """A loss or a gradient norm was NaN or infinite; the optimizer has not moved."""
+
+
+class Engine:
+    """Trains a method's networks in its phases."""
+
+    def __init__(
+        self,
+        method: Method,
+        data: Data,
+        optim: Mapping[str, Optim],
+        *,
+        batch_size: int,
+        steps: int,
+        seed: int = 0,
+        accumulate: int = 1,
+        fp16: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """batch_size: samples per micro-batch and process; one update sees batch_size * accumulate * processes.
+
+        optim: by role; a role that some phase trains and that is missing raises ValueError. fp16: scale the losses.
+        """
+        self.method, self.data, self.steps, self.seed = method, data, steps, seed
+        self.batch_size, self.accumulate, self.device = batch_size, accumulate, torch.device(device)
+        roles = sorted({role for phase in method.phases for role in phase.trains})
+        for role in roles:
+            if role not in method.networks:
+                raise ValueError(f"a phase trains {role!r}, but the networks are {', '.join(method.networks)}")
+            if role not in optim:
+                raise ValueError(f"no optimizer for {role!r}; add optim.{role}")
+        for role in optim:
+            if role not in roles:
+                raise ValueError(f"optim.{role} is given, but this method trains only {', '.join(roles)}")
+        self.parameters = {
+            role: {n: p for n, p in method.networks[role].named_parameters() if p.requires_grad} for role in roles
+        }
+        for role, parameters in self.parameters.items():
+            if not parameters:
+                raise ValueError(f"{role!r} has no trainable parameter")
+            parallel.broadcast(method.networks[role])
+        self.optim = dict(optim)
+        self.optimizers = {role: _optimizer(optim[role], self.parameters[role].values()) for role in roles}
+        self.scalers = {p.name: torch.amp.GradScaler(self.device.type, enabled=fp16) for p in method.phases}
+        for network in method.networks.values():
+            network.requires_grad_(False).eval()
+
+    def run(self, steps: Iterable[int]) -> Iterator[tuple[int, Logs]]:
+        """Train at each of ``steps`` (numbered from 0) and yield its number and logs, keys ``phase/term``."""
+        for step in steps:
+            logs: Logs = {}
+            for phase in self.method.phases:
+                if step % phase.every == 0:
+                    logs |= self._turn(phase, step)
+            yield step, logs
+
+    def _turn(self, phase: Phase, step: int) -> Logs:
+        self._train_only(phase.trains)
+        sums: dict[str, Tensor] = {}
+        count = self.batch_size * self.accumulate * parallel.size()
+        for samples in self._micro_batches(step):
+            batch = self.data.batch(samples)
+            terms = phase.loss(batch, Noise(samples, self.seed, step, phase.name, self.device))
+            loss = torch.stack([term.sum() for term in terms.values()]).sum() / count
+            self.scalers[phase.name].scale(loss).backward()
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0) + term.detach().sum() / count
+        norms = self._gradient_norms(phase)
+        names = [*sums, *(f"{role}.grad_norm" for role in norms)]
+        reduced = parallel.sum_over_processes(torch.stack([v.double() for v in sums.values()]))
+        values = torch.cat([reduced, torch.stack([v.double() for v in norms.values()])]).tolist()  # the only sync
+        logs = dict(zip(names, values, strict=True))
+        self._update(phase, step, logs)
+        phase.after()
+        return {f"{phase.name}/{name}": value for name, value in logs.items()}
+
+    def _micro_batches(self, step: int) -> Iterator[list[int]]:
+        """Global sample indices: those of a step are consecutive, split by process, then by micro-batch."""
+        per_process = self.batch_size * self.accumulate
+        start = (step * parallel.size() + parallel.rank()) * per_process
+        for i in range(self.accumulate):
+            first = start + i * self.batch_size
+            yield list(range(first, first + self.batch_size))
+
+    def _train_only(self, roles: Sequence[str]) -> None:
+        for role, parameters in self.parameters.items():
+            self.method.networks[role].train(role in roles)
+            for p in parameters.values():
+                p.requires_grad_(role in roles)
+
+    def _gradient_norms(self, phase: Phase) -> dict[str, Tensor]:
+        """Sum the gradients over processes, undo the loss scale, clip; the norms before clipping, by role."""
+        norms = {}
+        for role in phase.trains:
+            parameters = self.parameters[role].values()
+            if all(p.grad is None for p in parameters):
+                raise ValueError(f"the loss of phase {phase.name!r} reaches no parameter of {role!r}, which it trains")
+            parallel.sum_gradients(parameters)
+            self.scalers[phase.name].unscale_(self.optimizers[role])
+            norms[role] = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            if self.optim[role].clip:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.optim[role].clip, norms[role])
+        return norms
+
+    def _update(self, phase: Phase, step: int, logs: Logs) -> None:
+        scaler = self.scalers[phase.name]
+        for name, value in logs.items():
+            # an fp16 gradient may overflow: the scaler skips that update and lowers its scale
+            if not math.isfinite(value) and not (scaler.is_enabled() and name.endswith(".grad_norm")):
+                self._stop(phase, step, logs)
+        for role in phase.trains:
+            for group in self.optimizers[role].param_groups:
+                group["lr"] = self.optim[role].lr_at(step, self.steps)
+            scaler.step(self.optimizers[role])
+            self.optimizers[role].zero_grad(set_to_none=True)
+        scaler.update()
+
+    def _stop(self, phase: Phase, step: int, logs: Logs) -> None:
+        shown = ", ".join(f"{name}={value:.4g}" for name, value in logs.items())
+        raise NonFiniteLoss(
+            f"not finite at step {step}, phase {phase.name!r}: {shown}; "
+            "the optimizer has not moved; lower the learning rate or resume from an earlier checkpoint"
+        )
+
+
+def _optimizer(config: Optim, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    if config.name == "adamw8bit":
+        try:
+            import bitsandbytes
+        except ImportError:
+            raise ValueError(
+                "optimizer 'adamw8bit' needs bitsandbytes; pip install 'fastgen-diffusion[8bit]'"
+            ) from None
+        cls: Any = bitsandbytes.optim.AdamW8bit
+        return cls(list(parameters), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(
+        list(parameters),
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )

@@ -1,0 +1,152 @@
+"""Students out, and back in: the gate every exported pipeline passes, and ``load``.
+
+Nothing is written at its final place before the folder has been reloaded by plain Diffusers and has given, on the
+same latents and noise, what the trainer's own sampler gives.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .checkpoint import atomic_folder
+from .denoiser import Denoiser
+from .family import Family
+from .rng import seed_of
+from .sampling import renoise, sample
+
+if TYPE_CHECKING:
+    from torch import nn
+
+CARD = "fastgen.json"
+"""Beside model_index.json: what the student is and how it is called."""
+TOLERANCE = 1e-4
+"""Largest difference between pipeline and sampler, as a share of the latents' largest value, in float32."""
+HALF_TOLERANCE = 0.1
+"""The same where the weights on disk were rounded to half precision."""
+
+
+class ExportError(RuntimeError):
+    """The exported pipeline does not do what the trainer's sampler does; nothing was written."""
+
+
+def export(
+    family: Family,
+    network: nn.Module,
+    num_steps: int | None,
+    folder: Path,
+    *,
+    prompts: list[str],
+    card: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+) -> float:
+    """Write ``folder`` if it passes the gate and return the largest relative difference found.
+
+    num_steps: of a student; None exports a teacher, whose pipeline keeps its scheduler. dtype: of the weights on
+    disk; in half precision the gate runs again on the rounded weights. Raises ExportError.
+    """
+    with atomic_folder(folder) as partial:
+        family.pipeline(network, num_steps).save_pretrained(partial)
+        difference = _gate(partial, family, network, num_steps, prompts, TOLERANCE)
+        if dtype != torch.float32:
+            _halve(partial, dtype)
+            _gate(partial, family, network, num_steps, prompts, HALF_TOLERANCE)
+        (partial / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    return difference
+
+
+def _gate(
+    folder: Path, family: Family, network: nn.Module, num_steps: int | None, prompts: list[str], tolerance: float
+) -> float:
+    difference = _difference(folder, family, network, num_steps, prompts)
+    if not difference <= tolerance:
+        raise ExportError(
+            f"not exported: the reloaded pipeline differs from the trainer's sampler by {difference:.2g} "
+            f"(allowed {tolerance:g}); the scheduler or the weights do not survive saving"
+        )
+    return difference
+
+
+def _difference(folder: Path, family: Family, network: nn.Module, num_steps: int | None, prompts: list[str]) -> float:
+    from diffusers import DiffusionPipeline
+
+    device = next(network.parameters()).device
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed_of("gate", *prompts))
+    x_t = torch.randn(len(prompts), *family.latent_shape, generator=generator)
+    noise = [torch.Generator().manual_seed(seed_of("gate", i)) for i in range(2)]
+    steps = num_steps or 4
+    call = {"latents": x_t.to(device), "num_inference_steps": steps, "output_type": "latent"}
+    found = pipeline(prompts, generator=noise[0], **call).images
+    if num_steps is None:
+        wanted = _teacher_call(family, network, prompts, call)
+    else:
+        denoiser = Denoiser(network, family.denoiser.schedule, family.denoiser.kind, family.denoiser.call)
+        with torch.no_grad():
+            wanted = sample(
+                denoiser,
+                denoiser.schedule,
+                x_t.to(device),
+                family.student_times(num_steps),
+                family.encode_prompts(prompts),
+                renoise,
+                lambda: torch.randn(x_t.shape, generator=noise[1]).to(device),
+            )
+    return float((found.float() - wanted.float()).abs().max() / wanted.abs().max().clamp(min=1e-3))
+
+
+def _teacher_call(family: Family, network: nn.Module, prompts: list[str], call: dict[str, Any]) -> torch.Tensor:
+    """What the teacher's pipeline in memory gives, by the same stock call."""
+    images: torch.Tensor = family.pipeline(network, None)(prompts, **call).images
+    return images
+
+
+def _halve(folder: Path, dtype: torch.dtype) -> None:
+    """Rewrite every safetensors file below ``folder`` in ``dtype``, integer tensors as they are."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    for file in folder.rglob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in load_file(file).items()}
+        save_file(tensors, file, metadata)
+
+
+def load(path: str | Path, **kwargs: Any) -> Any:
+    """The stock Diffusers pipeline of a folder or Hub id, calling itself as its student was trained.
+
+    ``num_inference_steps`` and ``guidance_scale`` default to the student's own; all else, and every keyword of
+    ``from_pretrained``, is Diffusers'. Raises ValueError if the folder is not a pipeline.
+    """
+    from diffusers import DiffusionPipeline
+
+    folder = Path(path)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise ValueError(f"{path}: not a pipeline folder (no model_index.json); name the folder `pipeline` of a run")
+    pipeline = DiffusionPipeline.from_pretrained(path, **kwargs)
+    card = read_card(folder)
+    defaults = {k: card[k] for k in ("num_inference_steps", "guidance_scale") if k in card}
+    if defaults:
+        stock = type(pipeline)
+
+        def call(self: Any, *args: Any, **named: Any) -> Any:
+            return stock.__call__(self, *args, **{**defaults, **named})
+
+        call.__doc__ = stock.__call__.__doc__
+        # a subclass of the same name, so that saving writes the stock class into model_index.json
+        pipeline.__class__ = type(stock.__name__, (stock,), {"__call__": call, "__module__": stock.__module__})
+    return pipeline
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """What ``fastgen.json`` says; empty if there is none."""
+    path = folder / CARD
+    if not path.is_file():
+        return {}
+    card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return card

@@ -1,0 +1,52 @@
+"""What a model family gives the toolkit: one loaded pipeline, spoken to in the paper's terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .denoiser import Cond, Denoiser
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of the network whose output a discriminator may read: its module name, channels and side."""
+
+    name: str
+    channels: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Family:
+    """One pipeline, loaded.
+
+    Attributes:
+        denoiser: the teacher's; schedule and kind are read from the pipeline's scheduler config.
+        latent_shape: of one sample, (C, H, W).
+        encode_prompts: prompts -> Cond, batch first; longer prompts than the tokenizer takes are cut with a warning.
+        uncond: () -> the one-row Cond that guidance subtracts.
+        encode: pixels [B, 3, H, W] in [-1, 1] -> latents as the denoiser sees them.
+        decode: latents -> pixels, clamped to [-1, 1].
+        student: () -> a trainable copy of the teacher's network, with what a student needs to be safe in a stock call.
+        student_times: num_steps -> the falling times of the scheduler that ``pipeline`` will ship.
+        blocks: where a discriminator can take features, shallow to deep.
+        pipeline: (network, num_steps) -> the stock pipeline with this network in the teacher's place, ready to be saved;
+            num_steps is a student's, None keeps the teacher's scheduler.
+        image_size: (height, width) in pixels.
+    """
+
+    denoiser: Denoiser
+    latent_shape: tuple[int, ...]
+    encode_prompts: Callable[[Sequence[str]], Cond]
+    uncond: Callable[[], Cond]
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    student: Callable[[], nn.Module]
+    student_times: Callable[[int], list[float]]
+    blocks: Sequence[Block]
+    pipeline: Callable[[nn.Module, int | None], Any]
+    image_size: tuple[int, int]

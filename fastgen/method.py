@@ -1,0 +1,57 @@
+"""What a distillation method is: networks by role, and phases that say which of them learn from which loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from .denoiser import Cond
+from .rng import Noise
+
+Terms = Mapping[str, Tensor]
+"""Named losses, weighted and per sample: each [B]. The loss is the mean of their sum."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. ``x0`` is None where the data are prompts only; ``uncond`` holds one row."""
+
+    samples: Sequence[int]
+    cond: Cond
+    uncond: Cond
+    x0: Tensor | None = None
+
+    def __len__(self) -> int:
+        """The number of samples, B."""
+        return len(self.samples)
+
+
+def nothing() -> None:
+    """Do nothing: the default ``after`` of a phase."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One turn of a training step: at steps divisible by ``every``, ``trains`` learn from ``loss``."""
+
+    name: str
+    trains: Sequence[str]
+    loss: Callable[[Batch, Noise], Terms]
+    every: int = 1
+    after: Callable[[], None] = nothing
+
+
+class Method(Protocol):
+    """Networks by role and the phases that train them."""
+
+    networks: Mapping[str, nn.Module]
+    phases: Sequence[Phase]
+    exported: str
+    """The role whose network becomes the pipeline."""
+    num_steps: int | None
+    """Calls of the exported student when sampling; None for a network that is sampled as the teacher is."""
+    needs_images: bool
+    """Whether batches must hold x0."""

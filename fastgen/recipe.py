@@ -1,0 +1,134 @@
+"""A training run as one config: which teacher, which method, which data, for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from . import config, registry
+from .config import ConfigError, option
+from .engine import Optim
+
+ASSETS = "assets:"
+"""A path that begins so lies in the package: ``assets:emoji/teacher``."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The teacher."""
+
+    family: str = option(help="a model family, as `fastgen list families` names them")
+    path: str = option(help="a pipeline folder, `assets:...`, or a Hub id")
+    attention: Literal["auto", "sdpa", "xformers", "flash"] = option("auto", "kernel of the attention layers")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    compile: bool = option(False, "torch.compile the networks; slow to start, faster after")
+
+
+@dataclass(frozen=True)
+class Student:
+    """What comes out."""
+
+    steps: int = option(1, "calls of the student when sampling; 1, 2 and 4 are usual", low=1, high=8)
+
+
+@dataclass(frozen=True)
+class Run:
+    """How long, how and where to."""
+
+    out: str = option(help="run folder")
+    steps: int = option(help="training steps; a method's phases say what each does", low=1)
+    batch_size: int = option(8, "samples per process and micro-batch", low=1)
+    accumulate: int = option(1, "micro-batches per update", low=1)
+    seed: int = option(0, "of everything random", low=0)
+    precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "what the networks compute in; weights stay fp32")
+    ema: float = option(0.0, "decay of the averaged weights, which are then exported; 0 is off", low=0, below=1)
+    log_every: int = option(10, "steps between rows of metrics.jsonl", low=1)
+    sample_every: int = option(0, "steps between sample grids; 0 is never", low=0)
+    sample_prompts: list[str] = option([], "prompts of the sample grid; empty: the data's first")
+    sample_guidance: float = option(4.0, "guidance scale of the grid, where a teacher is trained", low=1)
+    checkpoint_every: int = option(500, "steps between checkpoints", low=1)
+    keep: int = option(2, "checkpoints that stay", low=1)
+    cache_latents: bool = option(False, "keep encoded images in memory")
+    save_dtype: Literal["fp32", "fp16", "bf16"] = option("fp32", "dtype of the exported weights")
+    trackers: list[Literal["tensorboard", "wandb"]] = option([], "besides metrics.jsonl")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A module chosen by name, and its own options."""
+
+    name: str
+    options: Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole training run."""
+
+    model: Model
+    method: Chosen
+    data: Chosen
+    run: Run
+    optim: dict[str, Optim]
+    student: Student = field(default_factory=Student)
+    eval: dict[str, Any] = field(default_factory=dict)
+
+
+def decode(tree: Mapping[str, Any], where: str) -> Recipe:
+    """A recipe from a merged YAML tree. Raises ConfigError."""
+    known = {f: None for f in ("model", "method", "data", "run", "optim", "student", "eval")}
+    for key in tree:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}{config.suggest(str(key), known)}")
+    for key in ("model", "method", "data", "run", "optim"):
+        if key not in tree:
+            raise ConfigError(f"{where}: {key} is missing")
+    if not isinstance(tree["optim"], Mapping):
+        raise ConfigError(f"{where}: optim must map roles to optimizers, got {tree['optim']!r}")
+    evaluation = tree.get("eval", {})
+    if not isinstance(evaluation, Mapping):
+        raise ConfigError(f"{where}: eval must be a mapping, got {evaluation!r}")
+    return Recipe(
+        model=config.decode(Model, tree["model"], where, "model"),
+        method=choose("method", "name", tree["method"], where, "method"),
+        data=choose("source", "source", tree["data"], where, "data"),
+        run=config.decode(Run, tree["run"], where, "run"),
+        optim={str(k): config.decode(Optim, v, where, f"optim.{k}") for k, v in tree["optim"].items()},
+        student=config.decode(Student, tree.get("student", {}), where, "student"),
+        eval=dict(evaluation),
+    )
+
+
+def choose(kind: str, word: str, tree: Any, where: str, key: str) -> Chosen:
+    """``{word: NAME, **options}`` -> the options decoded by the module of that name. Raises ConfigError."""
+    if not isinstance(tree, Mapping) or not isinstance(tree.get(word), str):
+        raise ConfigError(f"{where}: {key} must be a mapping with {word!r}, got {tree!r}")
+    try:
+        module = registry.find(kind, tree[word])
+    except ValueError as error:
+        raise ConfigError(f"{where}: {key}.{word}: {error}") from None
+    rest = {k: v for k, v in tree.items() if k != word}
+    return Chosen(tree[word], config.decode(module.Config, rest, where, key))
+
+
+def encode(recipe: Recipe) -> dict[str, Any]:
+    """The tree that ``decode`` reads back to an equal recipe, every default written out."""
+    return {
+        "model": config.encode(recipe.model),
+        "method": {"name": recipe.method.name, **config.encode(recipe.method.options)},
+        "student": config.encode(recipe.student),
+        "data": {"source": recipe.data.name, **config.encode(recipe.data.options)},
+        "optim": {role: config.encode(optim) for role, optim in recipe.optim.items()},
+        "run": config.encode(recipe.run),
+        "eval": config.encode(recipe.eval),
+    }
+
+
+def locate(path: str) -> str:
+    """A path as the config gives it -> where it is: ``assets:`` stands for the package's own assets."""
+    if not path.startswith(ASSETS):
+        return path
+    world, _, rest = path[len(ASSETS) :].partition("/")
+    return str(Path(__file__).parent / world / "assets" / rest)

@@ -1,0 +1,63 @@
+"""Sampling: one loop, and samplers that differ only in how they step from a prediction to the next time.
+
+A step is ``step(pred, r, schedule, eps) -> x_r``; the last one of every loop lands on x0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .denoiser import Cond, Denoise
+from .prediction import Prediction
+from .schedule import Schedule, add_noise
+
+Step = Callable[[Prediction, Tensor, Schedule, Callable[[], Tensor]], Tensor]
+"""(prediction at t, r: [B], schedule, fresh eps) -> x_r: [B, ...]."""
+
+
+def ddim(pred: Prediction, r: Tensor, schedule: Schedule, eps: Callable[[], Tensor]) -> Tensor:
+    """Deterministic: keep the predicted noise (Song et al. 2020, arXiv 2010.02502); on Flow, the Euler step."""
+    return add_noise(schedule, pred.x0, pred.eps, r)
+
+
+def renoise(pred: Prediction, r: Tensor, schedule: Schedule, eps: Callable[[], Tensor]) -> Tensor:
+    """Stochastic: noise the predicted x0 afresh, as consistency models and DMD2 do (arXiv 2303.01469, alg. 1)."""
+    return add_noise(schedule, pred.x0, eps(), r)
+
+
+def sample(
+    denoiser: Denoise,
+    schedule: Schedule,
+    x_t: Tensor,
+    times: Sequence[float],
+    cond: Cond,
+    step: Step = renoise,
+    eps: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """Call the denoiser at each of ``times`` and return the last x0: [B, ...].
+
+    x_t: [B, ...], noise at times[0]; times: falling strictly, on the schedule's clock; eps: gives fresh standard noise
+    shaped like x_t (default: the global generator). Raises ValueError if times are empty or do not fall.
+    """
+    if not times or any(a <= b for a, b in zip(times, times[1:], strict=False)):
+        raise ValueError(f"times must be a falling list with at least one entry, got {list(times)}")
+    fresh = eps or (lambda: torch.randn_like(x_t))
+    for t, r in zip(times, [*times[1:], None], strict=True):
+        pred = denoiser(x_t, x_t.new_full((len(x_t),), t, dtype=torch.float64), cond)
+        if r is None:
+            return pred.x0
+        x_t = step(pred, x_t.new_full((len(x_t),), r, dtype=torch.float64), schedule, fresh)
+    raise AssertionError("unreachable")
+
+
+def ddim_times(schedule: Schedule, num_steps: int) -> list[float]:
+    """The "trailing" grid of Diffusers' DDIM on the schedule's clock, t_max first: num_steps floats.
+
+    On a table of T entries these are T - 1, T - 1 - T/n, ... (Lin et al. 2023, arXiv 2305.08891).
+    """
+    span = schedule.t_max - schedule.t_min
+    total = span + 1 if span > 1 else span
+    return [schedule.t_max - i * total / num_steps for i in range(num_steps)]

@@ -1,0 +1,91 @@
+"""Where a run's numbers go: metrics.jsonl always, TensorBoard or W&B if asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from . import parallel
+from .checkpoint import write_text
+
+
+class Tracker(Protocol):
+    """Something that takes rows of numbers."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record ``values`` at ``step`` steps done."""
+        ...
+
+
+class JsonLines:
+    """One JSON object a line: {"step": N, name: value, ...}."""
+
+    def __init__(self, path: Path, steps_done: int) -> None:
+        """Go on after ``steps_done``: rows of later steps, left by a run that was cut off, are dropped."""
+        self.path = path
+        rows = [row for row in read(path) if row["step"] <= steps_done]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Append a row."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in values.items()}}) + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+class TensorBoard:
+    """Scalars for TensorBoard under ``tb/``."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ValueError if the package is missing."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("run.trackers: tensorboard is not installed; pip install tensorboard") from None
+        self._writer = SummaryWriter(str(folder))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Add each value as a scalar."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+
+class WandB:
+    """Weights & Biases; key and project come from its own environment variables, never from a config."""
+
+    def __init__(self, run: Path, settings: Mapping[str, Any]) -> None:
+        """Raises ValueError if the package is missing."""
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError("run.trackers: wandb is not installed; pip install 'fastgen-diffusion[wandb]'") from None
+        self._run = wandb.init(name=run.name, dir=str(run), config=dict(settings), resume="allow")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Log a row."""
+        self._run.log(dict(values), step=step)
+
+
+def trackers(names: Sequence[str], run: Path, steps_done: int, settings: Mapping[str, Any]) -> list[Tracker]:
+    """The trackers of a run, on the main process; none on the others."""
+    if parallel.rank() != 0:
+        return []
+    made: list[Tracker] = [JsonLines(run / "metrics.jsonl", steps_done)]
+    if "tensorboard" in names:
+        made.append(TensorBoard(run / "tb"))
+    if "wandb" in names:
+        made.append(WandB(run, settings))
+    return made

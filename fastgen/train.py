@@ -1,0 +1,335 @@
+"""``fastgen train``: build what a recipe names, run the loop, export the student."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from . import attention, checkpoint, export, parallel, registry, tracking
+from . import recipe as recipes
+from .checkpoint import CheckpointError
+from .data import Source
+from .data.batches import Batches, to_uint8
+from .denoiser import guided
+from .ema import EMA
+from .engine import Engine
+from .family import Family
+from .method import Method
+from .recipe import Recipe
+from .rng import Noise
+from .sampling import ddim, ddim_times, renoise, sample
+
+log = logging.getLogger("fastgen")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GRID = 16
+"""Pictures in a sample grid."""
+TEACHER_STEPS = 30
+"""DDIM steps of a sample grid where a teacher is trained."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """Everything a recipe names, built."""
+
+    recipe: Recipe
+    device: torch.device
+    family: Family
+    method: Method
+    source: Source
+    batches: Batches
+    engine: Engine
+    ema: dict[str, EMA]
+    attention: str
+
+    def weights(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the exported network holds the weights that will be exported."""
+        average = self.ema.get(self.method.exported)
+        return average.applied() if average else contextlib.nullcontext()
+
+    @torch.no_grad()
+    def images(self, prompts: Sequence[str], samples: Sequence[int]) -> Tensor:
+        """What the exported network makes of the prompts by the trainer's own sampler: uint8 [B, 3, H, W].
+
+        samples: numbers that key each picture's noise. Call it within ``weights()``.
+        """
+        family, network = self.family, self.method.networks[self.method.exported]
+        denoiser = family.denoiser.with_network(network)
+        training = network.training
+        network.eval()
+        cond = family.encode_prompts(prompts)
+        rng = Noise(samples, self.recipe.run.seed, 0, "images", self.device)
+        x_t = rng.normal(family.latent_shape)
+        if self.method.num_steps is None:
+            denoise = guided(denoiser, family.uncond(), self.recipe.run.sample_guidance)
+            x0 = sample(denoise, denoiser.schedule, x_t, ddim_times(denoiser.schedule, TEACHER_STEPS), cond, ddim)
+        else:
+            times = family.student_times(self.method.num_steps)
+            fresh = lambda: rng.normal(family.latent_shape)  # noqa: E731
+            x0 = sample(denoiser, denoiser.schedule, x_t, times, cond, renoise, fresh)
+        network.train(training)
+        return to_uint8(family.decode(x0)).cpu()
+
+
+def build(recipe: Recipe, device: torch.device | None = None) -> Session:
+    """Load the teacher, make the method's networks, open the data. Raises ValueError on anything unusable."""
+    from accelerate import PartialState
+
+    device = device or PartialState().device
+    run, model = recipe.run, recipe.model
+    autocast = None if run.precision == "fp32" else DTYPES[run.precision]
+    path = recipes.locate(model.path)
+    if Path(path).is_absolute() or path.startswith("."):
+        check_pipeline(Path(path))
+    family: Family = registry.find("family", model.family).load(path, device, autocast)
+    torch.manual_seed(run.seed)  # what a method initialises at random, before rank 0's weights go to all
+    method: Method = registry.find("method", recipe.method.name).Method(
+        recipe.method.options, family, recipe.student.steps
+    )
+    for network in method.networks.values():
+        network.to(device)
+        if model.gradient_checkpointing and hasattr(network, "enable_gradient_checkpointing"):
+            network.enable_gradient_checkpointing()
+    denoisers = [n for n in method.networks.values() if hasattr(n, "set_attention_backend")]
+    used = attention.set_attention(denoisers, model.attention, device)
+    if model.compile:
+        for network in denoisers:
+            network.compile()
+    source: Source = registry.find("source", recipe.data.name).open(recipe.data.options, family.image_size)
+    batches = Batches(source, family, method.needs_images, run.cache_latents)
+    ema_of = {method.exported: EMA(method.networks[method.exported], run.ema)} if run.ema else {}
+    engine = Engine(
+        method,
+        batches,
+        recipe.optim,
+        batch_size=run.batch_size,
+        steps=run.steps,
+        seed=run.seed,
+        accumulate=run.accumulate,
+        fp16=run.precision == "fp16",
+        device=device,
+    )
+    return Session(recipe, device, family, method, source, batches, engine, ema_of, used)
+
+
+def check_pipeline(folder: Path) -> None:
+    """Raise ValueError, saying what is missing, unless ``folder`` is a whole Diffusers pipeline."""
+    index = folder / "model_index.json"
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such pipeline folder")
+    try:
+        parts = json.loads(index.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: not a Diffusers pipeline (no model_index.json)") from None
+    except ValueError:
+        raise ValueError(f"{index}: not valid JSON; save the pipeline again") from None
+    for name, value in parts.items():
+        wanted = isinstance(value, list) and len(value) == 2 and value[0] is not None
+        if wanted and not (folder / name).is_dir():
+            raise ValueError(f"{folder}: the pipeline lacks its component {name!r}; save or download it again")
+
+
+def train(recipe: Recipe, resume: str = "auto", session: Session | None = None) -> Path:
+    """Run a recipe and return its run folder, which then holds ``pipeline/``.
+
+    resume: "auto" goes on from the newest checkpoint of the run folder if there is one, "never" refuses to touch a
+    folder with checkpoints, a path names the checkpoint. Raises ValueError, CheckpointError or NonFiniteLoss.
+    """
+    run = Path(recipe.run.out)
+    found = checkpoint.all_checkpoints(run)
+    if resume == "never" and found:
+        raise CheckpointError(f"{run}: holds {found[-1].name} of an earlier run; use another run.out or --resume auto")
+    newest = Path(resume) if resume not in ("auto", "never") else (found[-1] if found else None)
+    if newest is not None:
+        checkpoint.read_state(newest)
+    session = session or build(recipe)
+    run.mkdir(parents=True, exist_ok=True)
+    tree = recipes.encode(recipe)
+    with logging_to(run / "train.log"):
+        steps_done = checkpoint.load(newest, session.engine, session.ema) if newest else 0
+        if parallel.rank() == 0:
+            for leftover in run.glob(".*.partial-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            checkpoint.write_text(run / "config.yaml", yaml.safe_dump(tree, sort_keys=False))
+        parallel.barrier()
+        log.info("%s: %s on %s, attention %s", run, recipe.method.name, session.device, session.attention)
+        if newest:
+            log.info("resuming from %s", newest)
+        _loop(session, run, steps_done, tree)
+        if parallel.rank() == 0:
+            export_run(session, run / "pipeline")
+        parallel.barrier()
+    return run
+
+
+def _loop(session: Session, run: Path, steps_done: int, tree: dict[str, Any]) -> None:
+    recipe, engine = session.recipe, session.engine
+    settings = recipe.run
+    trackers = tracking.trackers(settings.trackers, run, steps_done, tree)
+    prompts = sample_prompts(session)
+    every = int(recipe.eval.get("every", 0) or 0)
+    recent: dict[str, list[float]] = {}
+    began, first = time.monotonic(), steps_done
+    with progress(settings.steps, steps_done) as advance:
+        for step, logs in engine.run(range(steps_done, settings.steps)):
+            done = step + 1
+            for average in session.ema.values():
+                average.update()
+            for name, value in logs.items():
+                recent.setdefault(name, []).append(value)
+            values: dict[str, float] = {}
+            if done % settings.log_every == 0 or done == settings.steps:
+                values = {name: sum(v) / len(v) for name, v in recent.items()}
+                values["seconds_per_step"] = (time.monotonic() - began) / (done - first)
+                recent.clear()
+            if every and (done % every == 0 or done == settings.steps) and parallel.rank() == 0:
+                values |= quick_evaluation(session)
+            if values:
+                for tracker in trackers:
+                    tracker.log(done, values)
+                log.debug("step %d %s", done, " ".join(f"{k} {v:.4g}" for k, v in values.items()))
+            due = settings.sample_every and done % settings.sample_every == 0
+            if (due or done == settings.steps) and parallel.rank() == 0:
+                with session.weights():
+                    write_grid(session.images(prompts, range(len(prompts))), run / "samples" / f"step_{done:06d}.png")
+            if done % settings.checkpoint_every == 0 or done == settings.steps:
+                checkpoint.save(run, done, engine, session.ema, settings.keep)
+            advance(logs)
+
+
+def sample_prompts(session: Session) -> list[str]:
+    """The prompts of the sample grid: the recipe's, or the data's first distinct ones."""
+    chosen = session.recipe.run.sample_prompts
+    if not chosen:
+        items = (session.source.item(i).prompt for i in range(4 * GRID))
+        chosen = list(dict.fromkeys(items))[:GRID]
+    return [chosen[i % len(chosen)] for i in range(GRID)]
+
+
+def quick_evaluation(session: Session) -> dict[str, float]:
+    """The recipe's metrics on a few images of the trainer's own sampler, for curves over training."""
+    from . import evaluate  # noqa: PLC0415
+
+    with session.weights():
+        return evaluate.quick(session)
+
+
+def export_run(session: Session, folder: Path) -> None:
+    """Write the exported network as a pipeline, through the gate."""
+    recipe, method = session.recipe, session.method
+    card: dict[str, Any] = {"method": recipe.method.name, "base_model": recipe.model.path}
+    if method.num_steps is not None:
+        card |= {
+            "num_inference_steps": method.num_steps,
+            "guidance_scale": 1.0,
+            "times": session.family.student_times(method.num_steps),
+        }
+    network = method.networks[method.exported]
+    network.eval()
+    with session.weights():
+        difference = export.export(
+            session.family,
+            network,
+            method.num_steps,
+            folder,
+            prompts=sample_prompts(session)[:2],
+            card=card,
+            dtype=DTYPES[recipe.run.save_dtype],
+        )
+    log.info("exported %s; reloaded by Diffusers it differs from the trainer's sampler by %.1e", folder, difference)
+
+
+def write_grid(images: Tensor, path: Path, scale: int = 4) -> None:
+    """images: uint8 [N, 3, H, W] -> a near-square PNG; small images are enlarged ``scale`` times."""
+    from PIL import Image
+
+    n, _, height, width = images.shape
+    columns = next(c for c in range(1, n + 1) if c * c >= n)
+    rows = -(-n // columns)
+    canvas = torch.full((3, rows * height, columns * width), 255, dtype=torch.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * height, i % columns * width
+        canvas[:, top : top + height, left : left + width] = image
+    picture = Image.fromarray(canvas.permute(1, 2, 0).numpy())
+    if height < 128:
+        picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")
+    picture.save(partial, "PNG")
+    partial.replace(path)
+
+
+@contextlib.contextmanager
+def progress(total: int, done: int) -> Iterator[Any]:
+    """A bar with rate and time left on the main process of a terminal; a line a minute elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if parallel.rank() != 0:
+        yield lambda logs: None
+        return
+    if console.is_terminal:
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]}"),
+        )
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task("training", total=total, completed=done, loss="", rate="")
+
+            def advance(logs: dict[str, float]) -> None:
+                speed = bar.tasks[0].speed
+                rate = f"{speed:.2f} steps/s" if speed else ""
+                bar.update(task, advance=1, loss=_short(logs), rate=rate)
+
+            yield advance
+        return
+    began, last, count = time.monotonic(), [time.monotonic()], [0]
+
+    def line(logs: dict[str, float]) -> None:
+        count[0] += 1
+        now = time.monotonic()
+        if now - last[0] >= 60 or done + count[0] == total:
+            last[0] = now
+            rate = count[0] / (now - began)
+            left = (total - done - count[0]) / rate
+            log.info("step %d/%d %.2f steps/s, %d s left %s", done + count[0], total, rate, left, _short(logs))
+
+    yield line
+
+
+def _short(logs: dict[str, float]) -> str:
+    return " ".join(f"{k} {v:.3g}" for k, v in logs.items() if not k.endswith("grad_norm"))
+
+
+@contextlib.contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Within it, fastgen's log also goes to ``path`` (main process only)."""
+    if parallel.rank() != 0:
+        yield
+        return
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setLevel(logging.DEBUG)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,1 @@
+"""Distillation methods, one file each. A module here is a method by existing: it has ``Config`` and ``Method``."""
