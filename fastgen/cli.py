@@ -130,6 +130,42 @@ def generate(
 
 
 @app.command()
+def evaluate(
+    target: Annotated[Path, typer.Argument(help="A run folder, or a pipeline folder (then --config says how).")],
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML with an eval: section; the run's own if not given.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Judged beside it; the run's own teacher if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="For results.json and report.html; the run folder if not given.")] = None,
+) -> None:
+    """Judge a pipeline and its teacher by the metrics of the eval: section; write results.json and report.html."""
+    from .config import override, read
+    from .evaluate import evaluate as judge
+    from .recipe import locate
+
+    is_run = (target / "config.yaml").is_file()
+    if not is_run and not (target / "model_index.json").is_file():
+        raise ValueError(f"{target}: neither a run folder (config.yaml) nor a pipeline folder (model_index.json)")
+    if config is None and not is_run:
+        raise ValueError(f"{target}: a pipeline by itself says nothing of metrics; give --config with an eval: section")
+    where = find_config(config) if config else target / "config.yaml"
+    tree = override(read(where), [f"eval.{text}" for text in overrides or []])
+    student = True
+    if is_run:
+        kept = read(target / "config.yaml")
+        student = kept["method"]["name"] != "pretrain"
+        teacher = teacher or (kept["model"]["path"] if student else None)
+        folder = target / "pipeline"
+    else:
+        folder, student = target, teacher is not None or (target / "fastgen.json").is_file()
+    out = out or target
+    rows = judge(folder, tree.get("eval", {}), str(where), locate(teacher) if teacher else None, student, out)
+    from .evaluation.report import print_table
+
+    print_table(rows)
+    say(f"{out / 'report.html'}")
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     out: Annotated[Path | None, typer.Option(help="Where to; the run's own pipeline/ if not given.")] = None,

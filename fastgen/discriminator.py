@@ -67,7 +67,7 @@ class Heads(nn.Module):
 
 def _head(channels: int, size: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0)
+    groups = next(g for g in (32, 16, 8, 4, 2, 1) if g == 1 or channels % (4 * g) == 0)  # a group of 1 has no spread
     while size > 4:
         layers += [nn.Conv2d(channels, channels, 4, 2, 1), nn.GroupNorm(groups, channels), nn.SiLU()]
         size //= 2

@@ -106,10 +106,11 @@ class Engine:
             logs: Logs = {}
             for phase in self.method.phases:
                 if step % phase.every == 0:
-                    logs |= self._turn(phase, step)
+                    logs |= self.turn(phase, step)
             yield step, logs
 
-    def _turn(self, phase: Phase, step: int) -> Logs:
+    def turn(self, phase: Phase, step: int) -> Logs:
+        """Give one phase its turn: all micro-batches, then the update. Raises NonFiniteLoss."""
         self._train_only(phase.trains)
         sums: dict[str, Tensor] = {}
         count = self.batch_size * self.accumulate * parallel.size()

@@ -78,7 +78,7 @@ def _difference(folder: Path, family: Family, network: nn.Module, num_steps: int
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed_of("gate", *prompts))
     x_t = torch.randn(len(prompts), *family.latent_shape, generator=generator)
-    noise = [torch.Generator().manual_seed(seed_of("gate", i)) for i in range(2)]
+    noise = [torch.Generator().manual_seed(seed_of("gate", "noise")) for _ in range(2)]
     steps = num_steps or 4
     call = {"latents": x_t.to(device), "num_inference_steps": steps, "output_type": "latent"}
     found = pipeline(prompts, generator=noise[0], **call).images

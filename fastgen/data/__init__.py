@@ -6,6 +6,7 @@ method trains on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +25,12 @@ class Source(Protocol):
     """Items by number, without end: what an item is depends on its index and the source's seed alone."""
 
     has_images: bool
+    candidates: Sequence[str]
+    """What its prompts can be about, for retrieval to choose among."""
+
+    def concept(self, prompt: str) -> str:
+        """The candidate that a prompt of this source is about."""
+        ...
 
     def __len__(self) -> int:
         """How many items there are before they repeat."""

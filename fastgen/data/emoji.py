@@ -32,6 +32,12 @@ class Emoji:
             raise ValueError(f"the emoji world is square, this pipeline makes {image_size[1]}x{image_size[0]} images")
         self._config, self._set = config, EmojiSet(config.split, image_size[0], config.seed)
         self._open_caption = open_caption
+        # every name of the world, also those with no drawing in this split
+        self.candidates = EmojiSet("train", image_size[0]).prompts()
+
+    def concept(self, prompt: str) -> str:
+        """The caption that leaves the style open: "twemoji of a red apple" is about "a red apple"."""
+        return prompt.rpartition(" of ")[2]
 
     def __len__(self) -> int:
         """The number of distinct compositions."""

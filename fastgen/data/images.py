@@ -39,6 +39,11 @@ class Images:
             raise ValueError(f"{folder}: holds no image ({', '.join(sorted(SUFFIXES))})")
         self._captions = _captions(folder)
         self._folder, self._size, self._seed = folder, image_size, config.seed
+        self.candidates = sorted({self._caption(file) for file in self._files})
+
+    def concept(self, prompt: str) -> str:
+        """The caption itself."""
+        return prompt
 
     def __len__(self) -> int:
         """The number of images."""
@@ -47,11 +52,14 @@ class Images:
     def item(self, index: int) -> Item:
         """An image and its caption; without one, the empty caption."""
         file = self._files[shuffled(index, len(self), self._seed)]
-        beside = file.with_suffix(".txt")
+        return Item(self._caption(file), load_image(file, self._size))
+
+    def _caption(self, file: Path) -> str:
         caption = self._captions.get(file.relative_to(self._folder).as_posix())
-        if caption is None:
-            caption = beside.read_text(encoding="utf-8").strip() if beside.is_file() else ""
-        return Item(caption, load_image(file, self._size))
+        if caption is not None:
+            return caption
+        beside = file.with_suffix(".txt")
+        return beside.read_text(encoding="utf-8").strip() if beside.is_file() else ""
 
 
 def load_image(file: Path, size: tuple[int, int]) -> np.ndarray:

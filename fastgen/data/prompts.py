@@ -28,6 +28,11 @@ class Prompts:
     def __init__(self, config: Config) -> None:
         """Read the file. Raises ValueError if it is missing, empty or malformed."""
         self._prompts, self._seed = read(Path(config.path)), config.seed
+        self.candidates = list(dict.fromkeys(self._prompts))
+
+    def concept(self, prompt: str) -> str:
+        """The prompt itself."""
+        return prompt
 
     def __len__(self) -> int:
         """The number of prompts."""

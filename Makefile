@@ -1,0 +1,60 @@
+# Needs only Python >= 3.10 (with venv) and git; everything else is installed into .venv by pip, which honours the
+# machine's own indexes and constraints. On Linux without a GPU, smaller wheels of torch:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format mypy world clean
+.DELETE_ON_ERROR:
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /\1|/' | awk -F'|' '{ printf "  make %-9s %s\n", $$1, $$2 }'
+
+install: $(VENV)/.installed-dev  ## make .venv and install fastgen with all that development needs
+
+demo: $(VENV)/.installed-eval  ## distil the emoji teacher into one step, judge it, write runs/demo/report.html
+	$(BIN)/fastgen train configs/emoji/demo.yaml --out runs/demo
+	$(BIN)/fastgen evaluate --run runs/demo
+
+test: $(VENV)/.installed-dev  ## run all tests (offline, on the CPU); PYTEST="-k NAME" for some
+	$(BIN)/pytest $(PYTEST)
+
+check: $(VENV)/.installed-dev  ## formatting, lint, types, spelling
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@$(MAKE) --no-print-directory mypy
+	$(BIN)/codespell
+
+format: $(VENV)/.installed-dev  ## let ruff format the code and fix what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The folders are laid out by links as they install, so that fastgen.trainers and the others are found by their names.
+mypy: $(VENV)/.installed-dev  ## types alone
+	@rm -rf build/types && mkdir -p build/types/fastgen
+	@ln -s $(CURDIR)/fastgen/* $(addprefix $(CURDIR)/,trainers pipelines evaluation configs) build/types/fastgen/
+	@ln -s $(CURDIR)/tests build/types/tests
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p fastgen -p tests
+
+world: $(VENV)/.installed-dev  ## rebuild the emoji world: sprites, CLIP, autoencoder, teacher (hours)
+	@echo "make world: not written yet" >&2; exit 1
+
+clean:  ## remove what was built; .venv and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . \( -name .venv -o -name runs -o -name .git \) -prune -o -name __pycache__ -type d -print | xargs rm -rf
+
+# Torch and torchvision are named first, so that one run of pip's resolver picks a pair that fits.
+$(VENV)/.installed-eval: pyproject.toml | $(BIN)/python
+	@test $(VENV)/.installed-dev -nt pyproject.toml || { set -x; $(BIN)/python -m pip install torch torchvision -e '.[eval]'; }
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install torch torchvision -e '.[eval,dev]'
+	@touch $@
+
+$(BIN)/python:
+	@command -v $(PYTHON) > /dev/null || { echo "fastgen needs Python 3.10 or newer; '$(PYTHON)' was not found (or: make PYTHON=python3.12 ...)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "fastgen needs Python 3.10 or newer, but '$(PYTHON)' is $$($(PYTHON) -V 2>&1); name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "'$(PYTHON) -m venv' failed: install Python's venv module (Debian, Ubuntu: apt install python3-venv; Fedora: dnf install python3-pip) and run make again" >&2; exit 1; }

@@ -1,0 +1,28 @@
+"""Options of an evaluation: the ``eval:`` section of a run, and what ``fastgen evaluate`` takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastgen.config import option
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is measured, on what, against what."""
+
+    metrics: list[str] = option(["fid", "clip_score", "latency"], "as `fastgen list metrics` names them")
+    clip: str | None = option(None, "folder or Hub id of a CLIPModel: features of fid, scores of clip_score")
+    inception: str | None = option(None, "InceptionV3 weights file for fid where clip is not given")
+    reference: dict[str, Any] = option({}, "data source whose captions are the prompts and whose images are real")
+    num_images: int = option(1000, "images per subject; image i belongs to the reference's item i", low=2)
+    batch_size: int = option(32, "images per call of a pipeline", low=1)
+    seed: int = option(0, "image i starts from noise keyed by this and i", low=0)
+    dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", "of the pipelines' weights")
+    comparison: int = option(12, "first images of each subject kept for the report", low=0)
+    repeats: int = option(5, "timed calls of latency", low=1)
+    teacher_steps: list[int] = option([50], "the teacher is judged at each of these step counts")
+    teacher_guidance: float = option(7.5, "guidance scale of the teacher's images", low=1)
+    every: int = option(0, "steps between quick evaluations during training; 0 is never", low=0)
+    num_images_training: int = option(256, "images of a quick evaluation", low=2)

@@ -1,0 +1,287 @@
+"""A world with closed forms: in each coordinate x0 ~ N(mean, std^2), one Gaussian for each caption.
+
+``Gaussian`` states the answers. ``Gaussians`` is a network that gives them, so it is an exact teacher and, where its
+parameters learn, a fake score; ``Affine`` is a student that can become exact. ``gaussian_family`` and ``conv_family``
+put them (or a small convolutional network) behind ``Family``, so that a method and the engine run on them unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastgen.denoiser import Cond, Denoiser
+from fastgen.engine import Engine, Optim
+from fastgen.family import Block, Family
+from fastgen.method import Batch, Method, Phase, Terms, nothing
+from fastgen.prediction import Kind, combine
+from fastgen.rng import Noise, seed_of
+from fastgen.sampling import ddim_times
+from fastgen.schedule import Flow, Level, Schedule, TabulatedVP
+
+CAPTIONS = ("", "left", "right")
+"""What the toy families can be asked for; the first is the empty caption."""
+
+
+def scaled_linear(num: int = 1000) -> Tensor:
+    """Stable Diffusion's alphas_cumprod: [num] float64."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, num, dtype=torch.float64) ** 2
+    return (1 - betas).cumprod(0)
+
+
+def sd_schedule() -> TabulatedVP:
+    return TabulatedVP(scaled_linear())
+
+
+def schedules() -> list[Schedule]:
+    return [sd_schedule(), Flow()]
+
+
+def hermite(nodes: int = 12) -> tuple[Tensor, Tensor]:
+    """z, weights: [nodes]; sum(weights f(z)) is E f(z) for z ~ N(0, 1), exact for polynomials below degree 2 nodes."""
+    jacobi = torch.diag(torch.arange(1, nodes, dtype=torch.float64).sqrt(), 1)  # Golub & Welsch 1969
+    z, vectors = torch.linalg.eigh(jacobi + jacobi.T)
+    return z, vectors[0].square()
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """x0 ~ N(mean, std^2) in each coordinate, seen through x_t = alpha x0 + sigma eps."""
+
+    mean: float
+    std: float
+
+    def variance(self, at: Level) -> Tensor:
+        return (at.alpha * self.std).square() + at.sigma.square()
+
+    def x0(self, x_t: Tensor, at: Level) -> Tensor:
+        """E[x0 | x_t]."""
+        return self.mean + at.alpha * self.std**2 / self.variance(at) * (x_t - at.alpha * self.mean)
+
+    def eps(self, x_t: Tensor, at: Level) -> Tensor:
+        """E[eps | x_t]."""
+        return at.sigma / self.variance(at) * (x_t - at.alpha * self.mean)
+
+    def score(self, x_t: Tensor, at: Level) -> Tensor:
+        """d log p_t / d x_t."""
+        return -(x_t - at.alpha * self.mean) / self.variance(at)
+
+    def flow(self, x_t: Tensor, at: Level) -> Tensor:
+        """dx_t/dt along the probability-flow ODE."""
+        return at.d_alpha * self.x0(x_t, at) + at.d_sigma * self.eps(x_t, at)
+
+    def flow_map(self, x_t: Tensor, at: Level, to: Level) -> Tensor:
+        """Where the probability-flow ODE takes x_t from level ``at`` to level ``to``."""
+        return to.alpha * self.mean + (self.variance(to) / self.variance(at)).sqrt() * (x_t - at.alpha * self.mean)
+
+    def consistency(self, x_t: Tensor, at: Level) -> Tensor:
+        """The flow map to clean data (alpha 1, sigma 0)."""
+        return self.mean + self.std / self.variance(at).sqrt() * (x_t - at.alpha * self.mean)
+
+
+def call(network: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    return network(x_t, t, cond["label"])
+
+
+def labels(captions: Sequence[str], dtype: torch.dtype = torch.float32) -> Cond:
+    """One-hot rows: {"label": [B, len(CAPTIONS)]}."""
+    return {"label": F.one_hot(torch.tensor([CAPTIONS.index(c) for c in captions]), len(CAPTIONS)).to(dtype)}
+
+
+class Gaussians(nn.Module):
+    """The exact denoiser of one Gaussian a caption; as a fake score, its parameters learn."""
+
+    def __init__(self, means: Sequence[float], stds: Sequence[float], schedule: Schedule, kind: Kind) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor(means))
+        self.log_std = nn.Parameter(torch.tensor(stds).log())
+        self.schedule, self.kind = schedule, kind
+
+    def forward(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        at = self.schedule(t).like(x_t)
+        shape = (-1,) + (1,) * (x_t.ndim - 1)
+        mean, std = (label @ self.mean).reshape(shape), (label @ self.log_std).exp().reshape(shape)
+        variance = (at.alpha * std).square() + at.sigma.square()
+        centred = x_t - at.alpha * mean
+        return combine(self.kind, mean + at.alpha * std.square() / variance * centred, at.sigma / variance * centred, at)
+
+
+class Affine(nn.Module):
+    """x0 = shift + scale x_t for each caption and each quarter of the clock, given as a prediction of any kind."""
+
+    def __init__(self, schedule: Schedule, kind: Kind, shift: float = 0.0, scale: float = 1.0) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.full((4, len(CAPTIONS)), shift))
+        self.scale = nn.Parameter(torch.full((4, len(CAPTIONS)), scale))
+        self.schedule, self.kind = schedule, kind
+
+    def quarter(self, t: Tensor) -> Tensor:
+        span = self.schedule.t_max - self.schedule.t_min
+        return ((t - self.schedule.t_min) / span * 4).ceil().long().clamp(1, 4) - 1
+
+    def forward(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        at, rows = self.schedule(t).like(x_t), self.quarter(t)
+        shape = (-1,) + (1,) * (x_t.ndim - 1)
+        shift, scale = (self.shift[rows] * label).sum(1), (self.scale[rows] * label).sum(1)
+        x0 = shift.reshape(shape) + scale.reshape(shape) * x_t
+        return combine(self.kind, x0, (x_t - at.alpha * x0) / at.sigma, at)
+
+
+class Conv(nn.Module):
+    """A small network with named blocks, for what a Gaussian has no features for."""
+
+    def __init__(self, channels: int = 2, width: int = 16) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(channels, width, 3, 1, 1)
+        self.label = nn.Linear(len(CAPTIONS), width)
+        self.time = nn.Linear(2, width)
+        self.down = nn.Sequential(nn.Conv2d(width, width, 3, 2, 1), nn.SiLU())
+        self.mid = nn.Sequential(nn.Conv2d(width, width, 3, 1, 1), nn.SiLU())
+        self.leave = nn.Conv2d(width, channels, 3, 1, 1)
+
+    def forward(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        clock = torch.stack([(t / 159).sin(), (t / 159).cos()], 1).to(x_t.dtype)
+        h = self.enter(x_t) + (self.label(label) + self.time(clock))[:, :, None, None]
+        low = self.down(F.silu(h))
+        return self.leave(F.silu(h + F.interpolate(self.mid(low) + low, scale_factor=2.0)))
+
+
+def gaussian_family(
+    means: Sequence[float] = (0.3, 1.0, -0.5),
+    stds: Sequence[float] = (0.5, 0.5, 0.5),
+    schedule: Schedule | None = None,
+    kind: Kind = "v",
+    shape: Sequence[int] = (2, 2, 2),
+    student: Callable[[], nn.Module] | None = None,
+) -> Family:
+    """A family whose teacher is exact and whose student is affine."""
+    schedule = schedule or sd_schedule()
+    teacher = Gaussians(means, stds, schedule, kind).requires_grad_(False)
+    return _family(Denoiser(teacher, schedule, kind, call), shape, student or (lambda: Affine(schedule, kind)), [])
+
+
+def conv_family(seed: int = 0, kind: Kind = "v") -> Family:
+    """A family of untrained networks with blocks, two channels of 8 x 8."""
+    schedule = sd_schedule()
+    torch.manual_seed(seed)
+    network = Conv().requires_grad_(False)
+
+    def student() -> nn.Module:
+        copy = Conv()
+        copy.load_state_dict(network.state_dict())
+        return copy
+
+    blocks = [Block("down", 16, 4), Block("mid", 16, 4)]
+    return _family(Denoiser(network, schedule, kind, call), (2, 8, 8), student, blocks)
+
+
+def _family(teacher: Denoiser, shape: Sequence[int], student: Callable[[], nn.Module], blocks: list[Block]) -> Family:
+    def export(network: nn.Module, num_steps: int | None, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.contiguous() for name, value in network.state_dict().items()}, folder / "toy.safetensors")
+
+    size = (8, 8)
+    return Family(
+        denoiser=teacher,
+        latent_shape=tuple(shape),
+        encode_prompts=labels,
+        uncond=lambda: labels([""]),
+        encode=lambda pixels: pixels.flatten(1)[:, : math.prod(shape)].reshape(-1, *shape),
+        decode=lambda latents: latents.flatten(1).mean(1).clamp(-1, 1)[:, None, None, None].expand(-1, 3, *size),
+        student=student,
+        student_times=lambda n: ddim_times(teacher.schedule, n),
+        blocks=blocks,
+        export=export,
+        image_size=size,
+    )
+
+
+class Samples:
+    """The toy's data, addressed by number: captions in turn, and x0 from each caption's Gaussian."""
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        means: Sequence[float] = (0.3, 1.0, -0.5),
+        stds: Sequence[float] = (0.5, 0.5, 0.5),
+        images: bool = True,
+        captions: Sequence[str] = CAPTIONS[1:],
+    ) -> None:
+        self.shape, self.means, self.stds, self.images, self.captions = tuple(shape), means, stds, images, captions
+
+    def batch(self, samples: Sequence[int]) -> Batch:
+        names = [self.captions[s % len(self.captions)] for s in samples]
+        return Batch(list(samples), labels(names), labels([""]), self._x0(samples, names) if self.images else None)
+
+    def _x0(self, samples: Sequence[int], names: Sequence[str]) -> Tensor:
+        rows = []
+        for s, name in zip(samples, names, strict=True):
+            z = torch.randn(self.shape, generator=torch.Generator().manual_seed(seed_of("data", s)))
+            rows.append(self.means[CAPTIONS.index(name)] + self.stds[CAPTIONS.index(name)] * z)
+        return torch.stack(rows)
+
+
+@dataclass
+class Toy:
+    """A method written out: networks, and a loss for each phase."""
+
+    networks: Mapping[str, nn.Module]
+    phases: Sequence[Phase]
+
+
+def linear_method(every: int = 1, after: Callable[[], None] = nothing) -> Toy:
+    """Two little networks, "a" and "b", and two phases; both losses read both networks."""
+    torch.manual_seed(0)
+    networks = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "frozen": nn.Linear(4, 4)})
+
+    def error(batch: Batch, rng: Noise) -> Tensor:
+        x = rng.normal((4,))
+        y = networks["b"](networks["a"](x).tanh()) - networks["frozen"](x) - batch.cond["label"].sum(1, keepdim=True)
+        return y.square().mean(1)
+
+    def first(batch: Batch, rng: Noise) -> Terms:
+        return {"error": error(batch, rng)}
+
+    def second(batch: Batch, rng: Noise) -> Terms:
+        return {"error": 0.5 * error(batch, rng), "size": 0.01 * networks["b"](rng.normal((4,))).square().mean(1)}
+
+    return Toy(dict(networks.items()), (Phase("first", ["a"], first), Phase("second", ["b"], second, every, after)))
+
+
+def optims(method: Method, **settings: object) -> dict[str, Optim]:
+    """The same optimizer for each role that some phase trains."""
+    return {role: Optim(**settings) for role in trained(method)}  # type: ignore[arg-type]
+
+
+def trained(method: Method) -> list[str]:
+    return sorted({role for phase in method.phases for role in phase.trains})
+
+
+def states(method: Method) -> dict[str, dict[str, Tensor]]:
+    """A copy of each network's parameters and buffers, by role."""
+    return {
+        role: {name: value.detach().clone() for name, value in network.state_dict().items()}
+        for role, network in method.networks.items()
+    }
+
+
+def same(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
+    """Whether the tensors agree bit for bit."""
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
+    """The names whose tensors differ."""
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def train(engine: Engine, steps: Iterable[int]) -> list[dict[str, float]]:
+    """Run the engine and return each step's logs."""
+    return [logs for _, logs in engine.run(steps)]
