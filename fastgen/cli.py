@@ -21,7 +21,8 @@ app = typer.Typer(
 )
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Changes to the config: key.key=value, values read as YAML.", metavar="KEY=VALUE")
+    list[str] | None,
+    typer.Argument(help="Changes to the config: key.key=value, values read as YAML.", metavar="KEY=VALUE"),
 ]
 
 
@@ -63,6 +64,7 @@ def train(
     """Distil (or pretrain) as a config says; the student is left in <run.out>/pipeline."""
     from . import recipe as recipes
     from .config import override, read
+    from .evaluation.judge import quick, settings
     from .train import train as run
 
     decoded = recipes.decode(override(read(find_config(config)), overrides or []), str(config))
@@ -71,7 +73,9 @@ def train(
 
         rehearse(decoded)
         return
-    folder = run(decoded, resume)
+    if decoded.eval.get("every"):
+        settings(decoded.eval, str(config))  # a mistake in it is found before the first step
+    folder = run(decoded, resume, quick)
     say(f"{folder / 'pipeline'} holds the result; `fastgen evaluate {folder}` judges it")
 
 
@@ -106,10 +110,10 @@ def generate(
     """Make images with a pipeline, distilled or not."""
     import torch
 
-    from .export import load
+    from .export import check_pipeline, load
     from .recipe import locate
     from .rng import seed_of
-    from .train import DTYPES, check_pipeline
+    from .train import DTYPES
 
     path = locate(pipeline)
     if Path(path).exists():
@@ -133,20 +137,26 @@ def generate(
 def evaluate(
     target: Annotated[Path, typer.Argument(help="A run folder, or a pipeline folder (then --config says how).")],
     overrides: Overrides = None,
-    config: Annotated[Path | None, typer.Option(help="A YAML with an eval: section; the run's own if not given.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A YAML with an eval: section; the run's own if not given.")
+    ] = None,
     teacher: Annotated[str | None, typer.Option(help="Judged beside it; the run's own teacher if not given.")] = None,
-    out: Annotated[Path | None, typer.Option(help="For results.json and report.html; the run folder if not given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="For results.json and report.html; the run folder if not given.")
+    ] = None,
 ) -> None:
     """Judge a pipeline and its teacher by the metrics of the eval: section; write results.json and report.html."""
     from .config import override, read
-    from .evaluate import evaluate as judge
+    from .evaluation.judge import judge
     from .recipe import locate
 
     is_run = (target / "config.yaml").is_file()
     if not is_run and not (target / "model_index.json").is_file():
         raise ValueError(f"{target}: neither a run folder (config.yaml) nor a pipeline folder (model_index.json)")
     if config is None and not is_run:
-        raise ValueError(f"{target}: a pipeline by itself says nothing of metrics; give --config with an eval: section")
+        raise ValueError(
+            f"{target}: a pipeline by itself says nothing of metrics; give --config with an eval: section"
+        )
     where = find_config(config) if config else target / "config.yaml"
     tree = override(read(where), [f"eval.{text}" for text in overrides or []])
     student = True
@@ -198,7 +208,8 @@ def export(
 @app.command(name="list")
 def list_(
     what: Annotated[
-        Literal["methods", "families", "metrics", "sources", "configs"] | None, typer.Argument(help="One kind, or all.")
+        Literal["methods", "families", "metrics", "sources", "configs"] | None,
+        typer.Argument(help="One kind, or all."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Rows for a machine.")] = False,
 ) -> None:

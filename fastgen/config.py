@@ -46,7 +46,7 @@ class _Limits:
 
 def option(
     default: Any = MISSING,
-    help: str = "",  # noqa: A002
+    help: str = "",
     *,
     low: float = -math.inf,
     high: float = math.inf,

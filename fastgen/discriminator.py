@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .denoiser import Cond, Denoiser
 
 
-class _Enough(Exception):  # noqa: N818 - not an error: it ends a forward pass whose rest nobody needs
+class _Enough(Exception):  # not an error: it ends a forward pass whose rest nobody needs
     pass
 
 
@@ -26,7 +26,7 @@ def features(denoiser: Denoiser, blocks: Sequence[str], x_t: Tensor, t: Tensor, 
             raise ValueError(f"no block {name!r} in {type(denoiser.network).__name__}; its children are: {known}")
     found: dict[str, Tensor] = {}
 
-    def hook(name: str):  # noqa: ANN202
+    def hook(name: str) -> Callable[[nn.Module, object, object], None]:
         def keep(module: nn.Module, inputs: object, output: object) -> None:
             first = output[0] if isinstance(output, tuple) else output
             if not isinstance(first, Tensor):

@@ -52,7 +52,9 @@ def _print(session: Session, terms: dict[str, float], turns: dict[str, float], p
     console.print("  ".join(f"{name} {value:.4g}" for name, value in terms.items()))
     console.print(f"memory: {_memory(session)}")
     console.print("  ".join(f"{name} {seconds:.2f} s" for name, seconds in turns.items()))
-    console.print(f"expected time: {per_step:.2f} s a step, {recipe.run.steps} steps: {_hours(per_step * recipe.run.steps)}")
+    console.print(
+        f"expected time: {per_step:.2f} s a step, {recipe.run.steps} steps: {_hours(per_step * recipe.run.steps)}"
+    )
 
 
 def _bytes(network: nn.Module) -> int:

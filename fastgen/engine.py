@@ -180,6 +180,12 @@ class Engine:
 
 
 def _optimizer(config: Optim, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    settings: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": config.betas,
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
     if config.name == "adamw8bit":
         try:
             import bitsandbytes
@@ -187,13 +193,6 @@ def _optimizer(config: Optim, parameters: Iterable[nn.Parameter]) -> torch.optim
             raise ValueError(
                 "optimizer 'adamw8bit' needs bitsandbytes; pip install 'fastgen-diffusion[8bit]'"
             ) from None
-        cls: Any = bitsandbytes.optim.AdamW8bit
-        return cls(list(parameters), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(
-        list(parameters),
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+        made: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(list(parameters), **settings)
+        return made
+    return torch.optim.AdamW(list(parameters), fused=True, **settings)

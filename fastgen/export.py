@@ -80,7 +80,7 @@ def _difference(folder: Path, family: Family, network: nn.Module, num_steps: int
     x_t = torch.randn(len(prompts), *family.latent_shape, generator=generator)
     noise = [torch.Generator().manual_seed(seed_of("gate", "noise")) for _ in range(2)]
     steps = num_steps or 4
-    call = {"latents": x_t.to(device), "num_inference_steps": steps, "output_type": "latent"}
+    call: dict[str, Any] = {"latents": x_t.to(device), "num_inference_steps": steps, "output_type": "latent"}
     found = pipeline(prompts, generator=noise[0], **call).images
     if num_steps is None:
         wanted = _teacher_call(family, network, prompts, call)
@@ -115,6 +115,23 @@ def _halve(folder: Path, dtype: torch.dtype) -> None:
             metadata = opened.metadata()
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in load_file(file).items()}
         save_file(tensors, file, metadata)
+
+
+def check_pipeline(folder: Path) -> None:
+    """Raise ValueError, saying what is missing, unless ``folder`` is a whole Diffusers pipeline."""
+    index = folder / "model_index.json"
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such pipeline folder")
+    try:
+        parts = json.loads(index.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: not a Diffusers pipeline (no model_index.json)") from None
+    except ValueError:
+        raise ValueError(f"{index}: not valid JSON; save the pipeline again") from None
+    for name, value in parts.items():
+        wanted = isinstance(value, list) and len(value) == 2 and value[0] is not None
+        if wanted and not (folder / name).is_dir():
+            raise ValueError(f"{folder}: the pipeline lacks its component {name!r}; save or download it again")
 
 
 def load(path: str | Path, **kwargs: Any) -> Any:

@@ -34,7 +34,7 @@ class Family:
         student: () -> a trainable copy of the teacher's network, with what a student needs to be safe in a stock call.
         student_times: num_steps -> the falling times of the scheduler that ``pipeline`` will ship.
         blocks: where a discriminator can take features, shallow to deep.
-        pipeline: (network, num_steps) -> the stock pipeline with this network in the teacher's place, ready to be saved;
+        pipeline: (network, num_steps) -> the stock pipeline with this network in the teacher's place, ready to save;
             num_steps is a student's, None keeps the teacher's scheduler.
         image_size: (height, width) in pixels.
     """

@@ -47,11 +47,27 @@ class Phase:
 class Method(Protocol):
     """Networks by role and the phases that train them."""
 
-    networks: Mapping[str, nn.Module]
-    phases: Sequence[Phase]
-    exported: str
-    """The role whose network becomes the pipeline."""
-    num_steps: int | None
-    """Calls of the exported student when sampling; None for a network that is sampled as the teacher is."""
-    needs_images: bool
-    """Whether batches must hold x0."""
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """By role."""
+        ...
+
+    @property
+    def phases(self) -> Sequence[Phase]:
+        """In the order of their turns."""
+        ...
+
+    @property
+    def exported(self) -> str:
+        """The role whose network becomes the pipeline."""
+        ...
+
+    @property
+    def num_steps(self) -> int | None:
+        """Calls of the exported student when sampling; None for a network that is sampled as the teacher is."""
+        ...
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether batches must hold x0."""
+        ...

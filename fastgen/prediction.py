@@ -40,7 +40,7 @@ def combine(kind: Kind, x0: Tensor, eps: Tensor, at: Level) -> Tensor:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A network's output ``y``: [B, ...] of the given kind, at ``x_t``: [B, ...] and level ``at`` (shaped like x_t)."""
+    """A network's output ``y`` of the given kind, at ``x_t`` and level ``at``: each [B, ...]."""
 
     y: Tensor
     kind: Kind

@@ -6,6 +6,7 @@ A step is ``step(pred, r, schedule, eps) -> x_r``; the last one of every loop la
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def sample(
     x_t: [B, ...], noise at times[0]; times: falling strictly, on the schedule's clock; eps: gives fresh standard noise
     shaped like x_t (default: the global generator). Raises ValueError if times are empty or do not fall.
     """
-    if not times or any(a <= b for a, b in zip(times, times[1:], strict=False)):
+    if not times or any(a <= b for a, b in pairwise(times)):
         raise ValueError(f"times must be a falling list with at least one entry, got {list(times)}")
     fresh = eps or (lambda: torch.randn_like(x_t))
     for t, r in zip(times, [*times[1:], None], strict=True):

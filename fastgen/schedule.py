@@ -46,8 +46,15 @@ class Level:
 class Schedule(Protocol):
     """What every schedule offers."""
 
-    t_min: float
-    t_max: float
+    @property
+    def t_min(self) -> float:
+        """The cleanest time."""
+        ...
+
+    @property
+    def t_max(self) -> float:
+        """The noisiest time."""
+        ...
 
     def __call__(self, t: Tensor) -> Level:
         """t: [B] in [t_min, t_max] -> coefficients, each [B] float64."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +90,7 @@ def build(recipe: Recipe, device: torch.device | None = None) -> Session:
     autocast = None if run.precision == "fp32" else DTYPES[run.precision]
     path = recipes.locate(model.path)
     if Path(path).is_absolute() or path.startswith("."):
-        check_pipeline(Path(path))
+        export.check_pipeline(Path(path))
     family: Family = registry.find("family", model.family).load(path, device, autocast)
     torch.manual_seed(run.seed)  # what a method initialises at random, before rank 0's weights go to all
     method: Method = registry.find("method", recipe.method.name).Method(
@@ -123,25 +122,14 @@ def build(recipe: Recipe, device: torch.device | None = None) -> Session:
     return Session(recipe, device, family, method, source, batches, engine, ema_of, used)
 
 
-def check_pipeline(folder: Path) -> None:
-    """Raise ValueError, saying what is missing, unless ``folder`` is a whole Diffusers pipeline."""
-    index = folder / "model_index.json"
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such pipeline folder")
-    try:
-        parts = json.loads(index.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{folder}: not a Diffusers pipeline (no model_index.json)") from None
-    except ValueError:
-        raise ValueError(f"{index}: not valid JSON; save the pipeline again") from None
-    for name, value in parts.items():
-        wanted = isinstance(value, list) and len(value) == 2 and value[0] is not None
-        if wanted and not (folder / name).is_dir():
-            raise ValueError(f"{folder}: the pipeline lacks its component {name!r}; save or download it again")
+Quick = Callable[[Session], dict[str, float]]
+"""Judges the exported network on a few of its images, for curves over training."""
 
 
-def train(recipe: Recipe, resume: str = "auto", session: Session | None = None) -> Path:
+def train(recipe: Recipe, resume: str = "auto", quick: Quick | None = None) -> Path:
     """Run a recipe and return its run folder, which then holds ``pipeline/``.
+
+    quick: called every ``eval.every`` steps, within ``session.weights()``.
 
     resume: "auto" goes on from the newest checkpoint of the run folder if there is one, "never" refuses to touch a
     folder with checkpoints, a path names the checkpoint. Raises ValueError, CheckpointError or NonFiniteLoss.
@@ -153,7 +141,7 @@ def train(recipe: Recipe, resume: str = "auto", session: Session | None = None) 
     newest = Path(resume) if resume not in ("auto", "never") else (found[-1] if found else None)
     if newest is not None:
         checkpoint.read_state(newest)
-    session = session or build(recipe)
+    session = build(recipe)
     run.mkdir(parents=True, exist_ok=True)
     tree = recipes.encode(recipe)
     with logging_to(run / "train.log"):
@@ -166,19 +154,19 @@ def train(recipe: Recipe, resume: str = "auto", session: Session | None = None) 
         log.info("%s: %s on %s, attention %s", run, recipe.method.name, session.device, session.attention)
         if newest:
             log.info("resuming from %s", newest)
-        _loop(session, run, steps_done, tree)
+        _loop(session, run, steps_done, tree, quick)
         if parallel.rank() == 0:
             export_run(session, run / "pipeline")
         parallel.barrier()
     return run
 
 
-def _loop(session: Session, run: Path, steps_done: int, tree: dict[str, Any]) -> None:
+def _loop(session: Session, run: Path, steps_done: int, tree: dict[str, Any], quick: Quick | None) -> None:
     recipe, engine = session.recipe, session.engine
     settings = recipe.run
     trackers = tracking.trackers(settings.trackers, run, steps_done, tree)
     prompts = sample_prompts(session)
-    every = int(recipe.eval.get("every", 0) or 0)
+    every = int(recipe.eval.get("every", 0)) if quick else 0
     recent: dict[str, list[float]] = {}
     began, first = time.monotonic(), steps_done
     with progress(settings.steps, steps_done) as advance:
@@ -193,8 +181,9 @@ def _loop(session: Session, run: Path, steps_done: int, tree: dict[str, Any]) ->
                 values = {name: sum(v) / len(v) for name, v in recent.items()}
                 values["seconds_per_step"] = (time.monotonic() - began) / (done - first)
                 recent.clear()
-            if every and (done % every == 0 or done == settings.steps) and parallel.rank() == 0:
-                values |= quick_evaluation(session)
+            if quick and every and (done % every == 0 or done == settings.steps) and parallel.rank() == 0:
+                with session.weights():
+                    values |= quick(session)
             if values:
                 for tracker in trackers:
                     tracker.log(done, values)
@@ -215,14 +204,6 @@ def sample_prompts(session: Session) -> list[str]:
         items = (session.source.item(i).prompt for i in range(4 * GRID))
         chosen = list(dict.fromkeys(items))[:GRID]
     return [chosen[i % len(chosen)] for i in range(GRID)]
-
-
-def quick_evaluation(session: Session) -> dict[str, float]:
-    """The recipe's metrics on a few images of the trainer's own sampler, for curves over training."""
-    from . import evaluate  # noqa: PLC0415
-
-    with session.weights():
-        return evaluate.quick(session)
 
 
 def export_run(session: Session, folder: Path) -> None:
@@ -274,7 +255,14 @@ def write_grid(images: Tensor, path: Path, scale: int = 4) -> None:
 def progress(total: int, done: int) -> Iterator[Any]:
     """A bar with rate and time left on the main process of a terminal; a line a minute elsewhere."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
     if parallel.rank() != 0:

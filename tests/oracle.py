@@ -113,6 +113,28 @@ class Gaussians(nn.Module):
         return combine(self.kind, mean + at.alpha * std.square() / variance * centred, at.sigma / variance * centred, at)
 
 
+class Map(nn.Module):
+    """The consistency map of one Gaussian a caption: a student that is affine in x_t and tied across times.
+
+    Where ``Affine`` is free at each time, a Gaussian fake score sees only the mixture over times, so that errors of two
+    times could cancel in it; here they cannot.
+    """
+
+    def __init__(self, means: Sequence[float], stds: Sequence[float], schedule: Schedule, kind: Kind) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor(means))
+        self.log_std = nn.Parameter(torch.tensor(stds).log())
+        self.schedule, self.kind = schedule, kind
+
+    def forward(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        at = self.schedule(t).like(x_t)
+        shape = (-1,) + (1,) * (x_t.ndim - 1)
+        mean, std = (label @ self.mean).reshape(shape), (label @ self.log_std).exp().reshape(shape)
+        variance = (at.alpha * std).square() + at.sigma.square()
+        x0 = mean + std / variance.sqrt() * (x_t - at.alpha * mean)
+        return combine(self.kind, x0, (x_t - at.alpha * x0) / at.sigma, at)
+
+
 class Affine(nn.Module):
     """x0 = shift + scale x_t for each caption and each quarter of the clock, given as a prediction of any kind."""
 
@@ -182,11 +204,20 @@ def conv_family(seed: int = 0, kind: Kind = "v") -> Family:
     return _family(Denoiser(network, schedule, kind, call), (2, 8, 8), student, blocks)
 
 
-def _family(teacher: Denoiser, shape: Sequence[int], student: Callable[[], nn.Module], blocks: list[Block]) -> Family:
-    def export(network: nn.Module, num_steps: int | None, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in network.state_dict().items()}, folder / "toy.safetensors")
+@dataclass
+class Pipeline:
+    """What the toy families put in a stock pipeline's place."""
 
+    network: nn.Module
+    num_steps: int | None
+
+    def save_pretrained(self, folder: Path) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tensors = {name: value.contiguous() for name, value in self.network.state_dict().items()}
+        save_file(tensors, Path(folder) / "toy.safetensors")
+
+
+def _family(teacher: Denoiser, shape: Sequence[int], student: Callable[[], nn.Module], blocks: list[Block]) -> Family:
     size = (8, 8)
     return Family(
         denoiser=teacher,
@@ -198,7 +229,7 @@ def _family(teacher: Denoiser, shape: Sequence[int], student: Callable[[], nn.Mo
         student=student,
         student_times=lambda n: ddim_times(teacher.schedule, n),
         blocks=blocks,
-        export=export,
+        pipeline=Pipeline,
         image_size=size,
     )
 

@@ -19,10 +19,9 @@ taken from the blocks the family names, each with a head of its own.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Literal
-
-import copy
 
 import torch
 from torch import Tensor, nn

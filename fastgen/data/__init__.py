@@ -1,4 +1,4 @@
-"""Data sources, one file each, addressed by number. A module here is a source by existing: it has ``Config``, ``open``.
+"""Data sources, one file each, addressed by number. A module with ``Config`` and ``open`` is a source by existing.
 
 ``open(config, image_size) -> Source``. A source knows prompts and pixels; ``batches.Batches`` turns them into what a
 method trains on.
@@ -24,9 +24,15 @@ class Item:
 class Source(Protocol):
     """Items by number, without end: what an item is depends on its index and the source's seed alone."""
 
-    has_images: bool
-    candidates: Sequence[str]
-    """What its prompts can be about, for retrieval to choose among."""
+    @property
+    def has_images(self) -> bool:
+        """Whether its items have pictures."""
+        ...
+
+    @property
+    def candidates(self) -> Sequence[str]:
+        """What its prompts can be about, for retrieval to choose among."""
+        ...
 
     def concept(self, prompt: str) -> str:
         """The candidate that a prompt of this source is about."""

@@ -50,6 +50,6 @@ class Emoji:
         return Item(self._open_caption(self._set.row(index).name) if self._config.open_only else caption, image)
 
 
-def open(config: Config, image_size: tuple[int, int]) -> Source:  # noqa: A001
+def open(config: Config, image_size: tuple[int, int]) -> Source:
     """Open the source."""
     return Emoji(config, image_size)

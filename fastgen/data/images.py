@@ -95,6 +95,6 @@ def _captions(folder: Path) -> dict[str, str]:
     return found
 
 
-def open(config: Config, image_size: tuple[int, int]) -> Source:  # noqa: A001
+def open(config: Config, image_size: tuple[int, int]) -> Source:
     """Open the source."""
     return Images(config, image_size)

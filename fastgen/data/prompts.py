@@ -73,6 +73,6 @@ def read(path: Path) -> list[str]:
     return prompts
 
 
-def open(config: Config, image_size: tuple[int, int]) -> Source:  # noqa: A001
+def open(config: Config, image_size: tuple[int, int]) -> Source:
     """Open the source."""
     return Prompts(config)

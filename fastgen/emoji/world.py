@@ -187,7 +187,7 @@ def train_vae(recipe: Recipe) -> None:
     model = networks.autoencoder()
     train(Autoencoding(model), data, recipe)
     with torch.no_grad():
-        pixels = torch.cat([data.batch(range(i, i + 128)).x0 for i in range(0, 2048, 128)])  # type: ignore[list-item]
+        pixels = data.pixels[:2048].float() / 127.5 - 1
         z = torch.cat([model.encode(x).latent_dist.mean for x in pixels.split(128)])
         networks.whiten(model, z.mean((0, 2, 3)), z.std((0, 2, 3)))
     model.save_pretrained(Path(recipe.out) / "vae")

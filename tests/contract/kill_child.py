@@ -49,12 +49,12 @@ def main(run: Path, steps: int) -> None:
     found = checkpoint.all_checkpoints(run)
     done = checkpoint.load(found[-1], engine, ema) if found else 0
     tracker = tracking.JsonLines(run / "metrics.jsonl", done)
-    print("ready", flush=True)
     for step, logs in engine.run(range(done, steps)):
         ema["student"].update()
         tracker.log(step + 1, logs)
         if (step + 1) % 3 == 0 or step + 1 == steps:
             checkpoint.save(run, step + 1, engine, ema, keep=2)
+        print(step + 1, flush=True)
     weights = {f"{role}.{n}": p.detach() for role, net in method.networks.items() for n, p in net.named_parameters()}
     save_file({**weights, **{f"ema.{n}": v for n, v in ema["student"].average.items()}}, run / "final.safetensors")
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from fastgen import checkpoint, tracking
 
 CHILD = Path(__file__).with_name("kill_child.py")
-STEPS, KILLS = 150, 12
+STEPS, KILLS = 150, 8
 
 
 def start(run: Path) -> subprocess.Popen[str]:
@@ -20,31 +20,28 @@ def start(run: Path) -> subprocess.Popen[str]:
 
 
 def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path: Path) -> None:
-    whole = start(tmp_path / "whole")
-    began = None
-    assert whole.stdout is not None
-    whole.stdout.readline()
-    began = time.monotonic()
-    assert whole.wait(120) == 0
-    length = time.monotonic() - began
+    with start(tmp_path / "whole") as whole:
+        whole.communicate(timeout=120)
+        assert whole.returncode == 0
 
-    moments = random.Random(11)
+    chance = random.Random(11)
     broken, progress = tmp_path / "broken", []
     for _ in range(KILLS):
-        child = start(broken)
-        assert child.stdout is not None
-        child.stdout.readline()
-        # somewhere between the first checkpoint and an eighth of the run, to the microsecond
-        time.sleep(moments.uniform(0, length / 8))
-        child.kill()
-        child.wait()
+        with start(broken) as child:
+            assert child.stdout is not None
+            # within so many steps that all kills together come before the end of a whole run
+            for _ in range(chance.randrange(1, STEPS // KILLS)):
+                child.stdout.readline()
+            time.sleep(chance.uniform(0, 0.01))
+            child.kill()
         found = checkpoint.all_checkpoints(broken)
-        if found:
-            progress.append(checkpoint.read_state(found[-1])["steps_done"])
+        progress.append(checkpoint.read_state(found[-1])["steps_done"] if found else 0)
     assert progress == sorted(progress), "a later run began before an earlier one's checkpoint"
     assert len(set(progress)) > 2, "the kills were not spread over the run"
     assert not (broken / "final.safetensors").exists()
-    assert start(broken).wait(120) == 0
+    with start(broken) as last:
+        last.communicate(timeout=120)
+        assert last.returncode == 0
 
     ours, theirs = load_file(broken / "final.safetensors"), load_file(tmp_path / "whole" / "final.safetensors")
     assert ours.keys() == theirs.keys()

@@ -1,4 +1,4 @@
-"""``fastgen evaluate``: which pipelines, on what; the measuring itself is in ``fastgen.evaluation``."""
+"""``fastgen evaluate``, and the quick evaluations of a training run: which images, by what, against what."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import config, registry
-from . import recipe as recipes
-from .config import ConfigError
-from .data import Source
+from fastgen import config, registry
+from fastgen import recipe as recipes
+from fastgen.config import ConfigError
+from fastgen.data import Source
+from fastgen.export import check_pipeline, read_card
+
+from . import report, runner
+from .config import EvalConfig
+from .context import Context
+from .runner import Subject
 
 if TYPE_CHECKING:
-    from .evaluation.config import EvalConfig
-    from .evaluation.context import Context
-    from .train import Session
+    from fastgen.train import Session
 
 _contexts: weakref.WeakKeyDictionary[Any, tuple[EvalConfig, Source, Context]] = weakref.WeakKeyDictionary()
 
 
 def settings(tree: Mapping[str, Any], where: str) -> EvalConfig:
     """The ``eval:`` section, decoded. Raises ConfigError."""
-    from .evaluation.config import EvalConfig
-
     decoded = config.decode(EvalConfig, tree, where, "eval")
     for name in decoded.metrics:
         try:
@@ -33,7 +35,9 @@ def settings(tree: Mapping[str, Any], where: str) -> EvalConfig:
         except ValueError as error:
             raise ConfigError(f"{where}: eval.metrics: {error}") from None
     if not decoded.reference:
-        raise ConfigError(f"{where}: eval.reference is missing; name a data source, such as {{source: images, path: ...}}")
+        raise ConfigError(
+            f"{where}: eval.reference is missing; name a data source, such as {{source: images, path: ...}}"
+        )
     return decoded
 
 
@@ -46,9 +50,6 @@ def reference(decoded: EvalConfig, image_size: tuple[int, int], where: str) -> S
 
 def quick(session: Session) -> dict[str, float]:
     """The recipe's metrics on ``num_images_training`` images of the trainer's own sampler."""
-    from .evaluation.context import Context
-    from .evaluation.runner import measure_images
-
     known = _contexts.get(session.method)
     if known is None:
         decoded = settings(session.recipe.eval, "config")
@@ -66,7 +67,7 @@ def quick(session: Session) -> dict[str, float]:
             prompts = [source.item(i).prompt for i in samples]
             yield session.images(prompts, samples), prompts
 
-    return measure_images(batches(), context, names)
+    return runner.measure_images(batches(), context, names)
 
 
 class _Real:
@@ -81,7 +82,7 @@ class _Real:
             yield torch.stack([torch.from_numpy(image) for image in images if image is not None]).permute(0, 3, 1, 2)
 
 
-def evaluate(
+def judge(
     target: Path, tree: Mapping[str, Any], where: str, teacher: str | None, student: bool, out: Path
 ) -> list[dict[str, Any]]:
     """Judge a pipeline folder, and the teacher beside it, and write ``results.json`` and ``report.html`` to ``out``.
@@ -89,10 +90,6 @@ def evaluate(
     teacher: path or None. student: whether ``target`` is a student's pipeline or itself a teacher's.
     """
     from accelerate import PartialState
-
-    from .evaluation import report, runner
-    from .evaluation.runner import Subject
-    from .train import check_pipeline
 
     decoded = settings(tree, where)
     subjects: list[Subject] = []
@@ -106,7 +103,7 @@ def evaluate(
             for n in decoded.teacher_steps
         ]
     if student:
-        card = runner.read_card(target)
+        card = read_card(target)
         steps = card.get("num_inference_steps")
         label = f"{card.get('method', 'student')}, {steps} step{'s' * (steps != 1)}" if steps else "student"
         subjects.append(Subject(label, "student", str(target)))

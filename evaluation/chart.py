@@ -1,0 +1,140 @@
+"""A line chart as inline SVG, coloured by the page's CSS."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+Points = Sequence[tuple[float, float]]
+
+WIDTH, HEIGHT = 380, 230
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 42
+MOST_POINTS = 400
+"""More than these are averaged in neighbourhoods."""
+DOTS = 40
+"""So many points or fewer are marked, each with its value; more get a smoothed line over a faint one."""
+LOG_RATIO = 20
+"""A series of positive values whose largest is so many times its smallest gets a logarithmic axis."""
+
+
+def line_chart(points: Points, x_label: str, y_label: str) -> str:
+    """points: (x, y), x rising; at least one. -> <svg>."""
+    shown = thinned(points, MOST_POINTS)
+    ys = [y for _, y in shown]
+    log = min(ys) > 0 and max(ys) / min(ys) >= LOG_RATIO
+    x_axis, y_axis = Axis([x for x, _ in shown], log=False), Axis(ys, log=log)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = LEFT + x_axis.place(x) * (WIDTH - LEFT - RIGHT)
+        return across, TOP + (1 - y_axis.place(y)) * (HEIGHT - TOP - BOTTOM)
+
+    parts = [*_grid(x_axis, y_axis), *_labels(x_label, f"{y_label}, log scale" if log else y_label)]
+    if len(shown) > DOTS:
+        parts.append(_line("raw", [place(*p) for p in shown]))
+        parts.append(_line("line", [place(*p) for p in smoothed(shown, len(shown) // DOTS)]))
+    else:
+        parts.append(_line("line", [place(*p) for p in shown]))
+        for x, y in shown:
+            across, down = place(x, y)
+            told = f"{x_label} {x:g}: {y:.4g}"
+            parts.append(f'<circle class="dot" cx="{across:.1f}" cy="{down:.1f}" r="3"><title>{told}</title></circle>')
+    name = escape(f"{y_label} by {x_label}, from {ys[0]:.4g} to {ys[-1]:.4g}", quote=True)
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
+
+
+class Axis:
+    """Values to [0, 1], linear or logarithmic, and where the ticks stand."""
+
+    def __init__(self, values: Sequence[float], log: bool) -> None:
+        """values: finite, and positive for a logarithmic axis."""
+        self.log = log
+        low, high = min(values), max(values)
+        if low == high:
+            low, high = (low / 2, high * 2) if log else (low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2)
+        self.ticks = log_ticks(low, high) if log else linear_ticks(low, high)
+        self._low, self._high = self._scale(min(low, self.ticks[0])), self._scale(max(high, self.ticks[-1]))
+
+    def _scale(self, value: float) -> float:
+        return math.log10(value) if self.log else value
+
+    def place(self, value: float) -> float:
+        """Where a value lies, 0 to 1."""
+        return (self._scale(value) - self._low) / (self._high - self._low)
+
+
+def linear_ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """At most ``most`` + 1 round numbers within [low, high], evenly spaced; at least two, beyond it if need be."""
+    rough = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(f * power for f in (1, 2, 5, 10) if f * power >= rough * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    if last - first < 1:
+        first, last = math.floor(low / step), math.ceil(high / step)
+    return [i * step for i in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Powers of ten within [low, high] or, where these are few, 1, 2 and 5 times them; thinned to ``most``."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1,), (1, 3), (1, 2, 5)):
+        ticks = [f * 10.0**p for p in powers for f in factors if low * (1 - 1e-9) <= f * 10.0**p <= high * (1 + 1e-9)]
+        if len(ticks) >= 3:
+            return ticks[:: -(-len(ticks) // most)]
+    return ticks if len(ticks) > 1 else [low, high]
+
+
+def thinned(points: Points, most: int) -> list[tuple[float, float]]:
+    """Means over neighbours, so that at most ``most`` points remain; the last x stays."""
+    size = -(-len(points) // most)
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
+
+
+def smoothed(points: Points, reach: int) -> list[tuple[float, float]]:
+    """Each y the mean over up to ``reach`` neighbours on both sides, as many on one as on the other."""
+    result = []
+    for i, (x, _) in enumerate(points):
+        near = min(reach, i, len(points) - 1 - i)
+        part = points[i - near : i + near + 1]
+        result.append((x, sum(y for _, y in part) / len(part)))
+    return result
+
+
+def _grid(x_axis: Axis, y_axis: Axis) -> list[str]:
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    parts = []
+    for tick in y_axis.ticks:
+        y = TOP + (1 - y_axis.place(tick)) * (bottom - TOP)
+        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{right}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{short(tick)}</text>')
+    for tick in x_axis.ticks:
+        x = LEFT + x_axis.place(tick) * (right - LEFT)
+        parts.append(f'<path class="axis" d="M{x:.1f} {bottom}v4"/>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{short(tick)}</text>')
+    parts.append(f'<path class="axis" d="M{LEFT} {bottom}H{right}"/>')
+    return parts
+
+
+def _labels(x_label: str, y_label: str) -> list[str]:
+    x, y = LEFT + (WIDTH - LEFT - RIGHT) / 2, TOP + (HEIGHT - TOP - BOTTOM) / 2
+    return [
+        f'<text class="label" x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>',
+        f'<text class="label" transform="translate(13 {y:.1f}) rotate(-90)" text-anchor="middle">'
+        f"{escape(y_label)}</text>",
+    ]
+
+
+def _line(kind: str, places: Sequence[tuple[float, float]]) -> str:
+    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+    return f'<path class="{kind}" d="M{path}"/>'
+
+
+def short(value: float) -> str:
+    """A tick's number: 20000 as 20k."""
+    if value and abs(value) < 1e-3:
+        return f"{value:.0e}".replace("e-0", "e-")
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= size and value % (size / 100) == 0:
+            return f"{value / size:g}{letter}"
+    return f"{value:.4g}"
