@@ -1,12 +1,11 @@
 # Needs only Python >= 3.10 (with venv) and git; everything else is installed into .venv by pip, which honours the
-# machine's own indexes and constraints. On Linux without a GPU, smaller wheels of torch:
-#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+# machine's own indexes and constraints.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format mypy world clean
+.PHONY: help install demo test check format mypy world sprites clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -15,8 +14,8 @@ help:  ## show this list
 install: $(VENV)/.installed-dev  ## make .venv and install fastgen with all that development needs
 
 demo: $(VENV)/.installed-eval  ## distil the emoji teacher into one step, judge it, write runs/demo/report.html
-	$(BIN)/fastgen train configs/emoji/demo.yaml --out runs/demo
-	$(BIN)/fastgen evaluate --run runs/demo
+	$(BIN)/fastgen train configs/emoji/demo.yaml
+	$(BIN)/fastgen evaluate runs/demo
 
 test: $(VENV)/.installed-dev  ## run all tests (offline, on the CPU); PYTEST="-k NAME" for some
 	$(BIN)/pytest $(PYTEST)
@@ -35,11 +34,17 @@ format: $(VENV)/.installed-dev  ## let ruff format the code and fix what it can
 mypy: $(VENV)/.installed-dev  ## types alone
 	@rm -rf build/types && mkdir -p build/types/fastgen
 	@ln -s $(CURDIR)/fastgen/* $(addprefix $(CURDIR)/,trainers pipelines evaluation configs) build/types/fastgen/
-	@ln -s $(CURDIR)/tests build/types/tests
-	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p fastgen -p tests
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p fastgen
 
-world: $(VENV)/.installed-dev  ## rebuild the emoji world: sprites, CLIP, autoencoder, teacher (hours)
-	@echo "make world: not written yet" >&2; exit 1
+world: $(VENV)/.installed-dev  ## train the emoji world anew: CLIP, autoencoder, teacher (hours; resumes)
+	$(BIN)/python -m fastgen.emoji.world clip configs/emoji/clip.yaml
+	$(BIN)/python -m fastgen.emoji.world vae configs/emoji/vae.yaml
+	test -d runs/emoji/untrained || $(BIN)/python -m fastgen.emoji.world pipeline runs/emoji/clip/clip runs/emoji/vae/vae runs/emoji/untrained
+	$(BIN)/fastgen train configs/emoji/teacher.yaml
+	$(BIN)/python -m fastgen.emoji.world ship runs/emoji
+
+sprites: $(VENV)/.installed-dev  ## draw the shipped sprites anew from the pinned packages (needs npm)
+	$(BIN)/python -m fastgen.emoji.build
 
 clean:  ## remove what was built; .venv and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

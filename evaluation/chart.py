@@ -14,7 +14,9 @@ MOST_POINTS = 400
 """More than these are averaged in neighbourhoods."""
 DOTS = 40
 """So many points or fewer are marked, each with its value; more get a smoothed line over a faint one."""
-LOG_RATIO = 20
+SMOOTHING = 1 / 25
+"""Share of the points that a smoothed one averages to either side."""
+LOG_RATIO = 8
 """A series of positive values whose largest is so many times its smallest gets a logarithmic axis."""
 
 
@@ -32,7 +34,7 @@ def line_chart(points: Points, x_label: str, y_label: str) -> str:
     parts = [*_grid(x_axis, y_axis), *_labels(x_label, f"{y_label}, log scale" if log else y_label)]
     if len(shown) > DOTS:
         parts.append(_line("raw", [place(*p) for p in shown]))
-        parts.append(_line("line", [place(*p) for p in smoothed(shown, len(shown) // DOTS)]))
+        parts.append(_line("line", [place(*p) for p in smoothed(shown, round(SMOOTHING * len(shown)))]))
     else:
         parts.append(_line("line", [place(*p) for p in shown]))
         for x, y in shown:
@@ -92,11 +94,10 @@ def thinned(points: Points, most: int) -> list[tuple[float, float]]:
 
 
 def smoothed(points: Points, reach: int) -> list[tuple[float, float]]:
-    """Each y the mean over up to ``reach`` neighbours on both sides, as many on one as on the other."""
+    """Each y the mean over ``reach`` neighbours on either side, fewer where there are fewer."""
     result = []
     for i, (x, _) in enumerate(points):
-        near = min(reach, i, len(points) - 1 - i)
-        part = points[i - near : i + near + 1]
+        part = points[max(0, i - reach) : i + reach + 1]
         result.append((x, sum(y for _, y in part) / len(part)))
     return result
 

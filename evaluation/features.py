@@ -30,6 +30,10 @@ class Extractor(Protocol):
 
     num_features: int
 
+    def __hash__(self) -> int:
+        """By identity: fid's reference statistics are kept per extractor."""
+        ...
+
     def images(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] -> float32 [B, num_features]."""
         ...
@@ -92,10 +96,13 @@ class Clip:
 
     def protocol(self) -> dict[str, Any]:
         """Name, hash of the weights and resize."""
+        from PIL.Image import Resampling
+
         settings = self._processor.to_dict()
+        settings["resample"] = Resampling(settings["resample"]).name.lower()
         kept = ("size", "crop_size", "resample", "image_mean", "image_std")
         return {
-            "extractor": f"CLIP {Path(self._path).name if Path(self._path).is_dir() else self._path}",
+            "extractor": f"CLIP {'/'.join(Path(self._path).parts[-2:])}",
             "features": f"projected image embedding, {self.num_features} wide",
             "sha256": self._sha256,
             "resize": {name: _plain(settings[name]) for name in kept if name in settings},

@@ -32,22 +32,23 @@ GRIDS = 6
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the results: its key, title, which way is better ("low", "high", "") and how a value is written."""
+    """A column of the results: key, titles, which way is better ("low", "high", "") and how a value is written."""
 
     key: str
     title: str
+    narrow: str
     better: str
     write: Callable[[Any], str]
 
 
 COLUMNS = (
-    Column("steps", "Steps", "", str),
-    Column("guidance_scale", "Guidance", "", lambda v: f"{v:g}"),
-    Column("fid", "FID", "low", lambda v: f"{v:.2f}"),
-    Column("clip_score", "CLIP score", "high", lambda v: f"{v:.1f}"),
-    Column("retrieval", "Retrieval", "high", lambda v: f"{100 * v:.1f}%"),
-    Column("seconds_per_image", "Seconds per image", "low", lambda v: f"{v:.3g}"),
-    Column("network_evaluations", "Network evaluations", "low", lambda v: f"{v:g}"),
+    Column("steps", "Steps", "Steps", "", str),
+    Column("guidance_scale", "Guidance", "Guid.", "", lambda v: f"{v:g}"),
+    Column("fid", "FID", "FID", "low", lambda v: f"{v:.2f}"),
+    Column("clip_score", "CLIP score", "CLIP", "high", lambda v: f"{v:.1f}"),
+    Column("retrieval", "Retrieval", "Retr.", "high", lambda v: f"{100 * v:.1f}%"),
+    Column("seconds_per_image", "Seconds per image", "s/image", "low", lambda v: f"{v:.3g}"),
+    Column("network_evaluations", "Network evaluations", "Evals", "low", lambda v: f"{v:g}"),
 )
 _ARROWS = {"low": " ↓", "high": " ↑", "": ""}
 
@@ -97,10 +98,10 @@ def print_table(rows: Sequence[Row]) -> None:
     from rich.text import Text
 
     columns = used_columns(rows)
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
     table.add_column("")
     for c in columns:
-        table.add_column(c.title + _ARROWS[c.better], justify="right")
+        table.add_column(c.narrow + _ARROWS[c.better], justify="right", no_wrap=True)
     tops = {c.key: best(rows, c) for c in columns}
     shade = {"data": "dim", "teacher": "", "student": "cyan"}
     for i, row in enumerate(rows):
@@ -182,7 +183,9 @@ def _verdict(rows: Sequence[Row]) -> str:
     told = f"{words[0]}; {' and '.join(words[1:])}."
     times = [r.get("seconds_per_image") for r in (student, teacher)]
     if times[0] and times[1] and times[1] > times[0]:
-        told += f" An image takes {times[0]:.2g} s instead of {times[1]:.2g} s, {times[1] / times[0]:.3g} times less."
+        ratio = times[1] / times[0]
+        faster = f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.1f}"
+        told += f" An image takes {times[0]:.2g} s instead of {times[1]:.2g} s: {faster} times faster."
     return f'<p class="verdict">{_text(told)}</p>'
 
 
@@ -219,7 +222,7 @@ def _comparison(folder: Path) -> str:
         return ""
     try:
         known = json.loads(listed.read_text(encoding="utf-8"))
-        prompts, subjects = known["prompts"], known["subjects"]
+        prompts, subjects = known["prompts"], _side_by_side(known["subjects"])
         head = "".join(f'<th scope="col" class="{_text(s["role"])}">{_text(s["name"])}</th>' for s in subjects)
         lines = []
         for i, prompt in enumerate(prompts):
@@ -227,11 +230,18 @@ def _comparison(folder: Path) -> str:
             lines.append(f'<tr><th scope="row">{_text(prompt)}</th>{cells}</tr>')
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{listed}: damaged ({error}); run `fastgen evaluate` again") from None
-    note = "Each line is one prompt and, for the pipelines, one seed: the first of those measured, not chosen."
+    note = "Each line is one prompt and, for the pipelines, one seed: the first ones measured, none picked by hand."
     return (
         f'<p class="note">{note}</p><div class="wide"><table class="pictures"><thead><tr><td></td>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
+
+
+def _side_by_side(subjects: Sequence[Row]) -> list[Row]:
+    """Real images, the first teacher and the students; after these the other teachers."""
+    teachers = [s for s in subjects if s["role"] == "teacher"]
+    rank = {"data": 0, "teacher": 1, "student": 2}
+    return sorted(subjects, key=lambda s: 3 if s in teachers[1:] else rank[s["role"]])
 
 
 def _picture(file: Path, told: str) -> str:
@@ -270,28 +280,26 @@ def _curves(logged: Sequence[Row]) -> str:
     # measured quality before the losses, gradient norms last
     measured = sorted(name for name in series if "/" not in name)
     losses = sorted((name for name in series if "/" in name), key=lambda n: (n.endswith("grad_norm"), n))
-    titles = {column.key: column.title + _ARROWS[column.better] for column in COLUMNS}
     parts = []
-    for names, heading, note in (
-        (
-            measured,
-            "Quality",
-            "On few images by the trainer's own sampler: not to be compared with the table.",
-        ),
-        (losses, "Losses", "Each phase's terms; the faint line is as logged, the strong one smoothed."),
-    ):
-        charts = "".join(
-            f"<figure><figcaption>{_text(titles.get(name, _named(name)))}</figcaption>"
-            f"{line_chart(series[name], 'training step', titles.get(name, name.split('/')[-1]).rstrip(' ↓↑'))}</figure>"
-            for name in names
-        )
+    quality = "On few images by the trainer's own sampler: not to be compared with the table."
+    terms = "Each phase's terms; the faint line is as logged, the strong one smoothed."
+    for names, heading, note in ((measured, "Quality", quality), (losses, "Losses", terms)):
+        charts = "".join(_figure(name, series[name]) for name in names)
         if charts:
             parts.append(f'<h3>{heading}</h3><p class="note">{note}</p><div class="charts">{charts}</div>')
     return "".join(parts)
 
 
+def _figure(name: str, points: Sequence[tuple[float, float]]) -> str:
+    column = next((c for c in COLUMNS if c.key == name), None)
+    title = column.title + _ARROWS[column.better] if column else _named(name)
+    y_label = column.title if column else "gradient norm" if name.endswith("grad_norm") else name.split("/")[-1]
+    chart = line_chart(points, "training step", y_label.replace("_", " "))
+    return f"<figure><figcaption>{_text(title)}</figcaption>{chart}</figure>"
+
+
 def _named(name: str) -> str:
-    """ "critic/denoising" as "critic: denoising"."""
+    """In words: critic/grad_norm -> critic: grad norm."""
     return name.replace("/", ": ").replace("_", " ").replace(".", " ")
 
 
@@ -311,7 +319,8 @@ def _protocol(rows: Sequence[Row]) -> str:
     """What all rows share as a list, what differs as a table."""
     flat = [dict(_flat(row.get("protocol", {}))) for row in rows]
     names = list(dict.fromkeys(name for entry in flat for name in entry))
-    shared, varied = [], []
+    shared: list[str] = []
+    varied: list[str] = []
     for name in names:
         values = [entry[name] for entry in flat if name in entry]
         (shared if all(v == values[0] for v in values) and len(values) > 1 else varied).append(name)
@@ -442,7 +451,9 @@ pre { background: var(--tint); padding: 1rem; overflow-x: auto; line-height: 1.4
   .results th, .results td { padding: 0.5rem 0.5rem; font-size: 0.875rem; }
   .results tbody th { position: sticky; left: 0; background: var(--page); white-space: normal; min-width: 6.5rem; }
   .results .student th { background: var(--student-tint); }
-  .pictures .pixels { width: 96px; height: auto; }
+  .pictures .pixels { width: 64px; height: auto; }
+  .pictures tbody th { min-width: 5.5rem; width: 5.5rem; }
+  .pictures th { font-size: 0.75rem; }
   dl { grid-template-columns: 1fr; gap: 0; }
   dd { margin-bottom: 0.5rem; }
 }

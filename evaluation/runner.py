@@ -124,6 +124,7 @@ def evaluate(
         if loaded[0] is None or loaded[0] != subject.pipeline:
             loaded = (subject.pipeline, open_pipeline(subject.pipeline, DTYPES[config.dtype], device))
         add(_subject_row(resolved(subject, loaded[1]), loaded[1], config, context, prompts, out, keep))
+    parallel.barrier()  # what the main process writes is there for all
     return rows
 
 
@@ -269,7 +270,7 @@ def _real_row(source: Source, config: EvalConfig, context: Context, start: int, 
         images, prompts = _real(source, part), [source.item(i).prompt for i in part]
         for metric in used.values():
             metric.update(images, prompts)
-    values, details = _reduced(used)
+    values, details = _reduced(used, context.device)
     note = f"items {indices.start} to {indices.stop - 1} of the reference source"
     if not with_fid:
         note += "; no fid, because the source is too small for a second draw"
@@ -297,7 +298,7 @@ def _subject_row(
             metric.update(images, [prompts[i] for i in part])
         shown |= {i: image for i, image in zip(part, images, strict=True) if i < config.comparison}
     _compare(out, subject.name, subject.role, config, prompts, shown.get)
-    values, details = _reduced(used)
+    values, details = _reduced(used, context.device)
     protocol = {"metrics": details, "num_images": len(prompts), **settings, **_common(context.device)}
     return _row(subject.name, subject.role, subject.steps, subject.guidance_scale, values, protocol)
 
@@ -312,19 +313,25 @@ def _row(
 def _settings(subject: Subject, pipeline: Any, config: EvalConfig, prompts: Sequence[str]) -> dict[str, Any]:
     """Everything the subject's images depend on."""
     scheduler = pipeline.scheduler
+    # names with an underscore are Diffusers' own and list what was left at its default, in no fixed order
+    noise = {name: value for name, value in dict(scheduler.config).items() if not name.startswith("_")}
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     return {
         "pipeline": type(pipeline).__name__,
         "weights": fingerprint(modules),
         "scheduler": type(scheduler).__name__,
-        "scheduler_config": hashlib.sha256(repr(sorted(dict(scheduler.config).items())).encode()).hexdigest()[:16],
+        "scheduler_config": _digest(json.dumps(noise, sort_keys=True, default=str)),
         "steps": subject.steps,
         "guidance_scale": subject.guidance_scale,
         "seed": config.seed,
         "seeds": f"image i: blake2b of ({config.seed}, i), a CPU generator each",
-        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16],
+        "prompts": _digest("\n".join(prompts)),
         "dtype": config.dtype,
     }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _common(device: torch.device | str) -> dict[str, Any]:
@@ -345,11 +352,12 @@ def _shares(indices: range, batch_size: int) -> Iterator[range]:
         yield own[start : start + batch_size]
 
 
-def _reduced(used: dict[str, MetricLike]) -> tuple[dict[str, float], dict[str, Any]]:
+def _reduced(used: dict[str, MetricLike], device: torch.device | str) -> tuple[dict[str, float], dict[str, Any]]:
     """Values and protocols over all processes."""
-    for metric in used.values():
-        for value in metric.state.values():
-            parallel.sum_over_processes(value)
+    if parallel.size() > 1:
+        for metric in used.values():
+            for value in metric.state.values():
+                value.copy_(parallel.sum_over_processes(value.to(device)))
     values = {name: value for metric in used.values() for name, value in metric.compute().items()}
     return values, {name: metric.protocol() for name, metric in used.items()}
 

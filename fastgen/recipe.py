@@ -21,7 +21,7 @@ class Model:
 
     family: str = option(help="a model family, as `fastgen list families` names them")
     path: str = option(help="a pipeline folder, `assets:...`, or a Hub id")
-    attention: Literal["auto", "sdpa", "xformers", "flash"] = option("auto", "kernel of the attention layers")
+    attention: Literal["auto", "eager", "sdpa", "xformers", "flash"] = option("auto", "kernel of the attention layers")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     compile: bool = option(False, "torch.compile the networks; slow to start, faster after")
 

@@ -103,8 +103,9 @@ def student(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """A trainable copy with a zero, frozen guidance embedding, unless the teacher has one already."""
     if unet.config.time_cond_proj_dim is not None:
         return copy.deepcopy(unet).requires_grad_(True)
-    config: dict[str, Any] = {**unet.config, "time_cond_proj_dim": GUIDANCE_EMBEDDING}
-    result: UNet2DConditionModel = UNet2DConditionModel.from_config(config).to(unet.device, unet.dtype)
+    # an override: what the teacher's config left at its default, from_config would take for unset
+    made = UNet2DConditionModel.from_config(unet.config, time_cond_proj_dim=GUIDANCE_EMBEDDING)
+    result: UNet2DConditionModel = made.to(unet.device, unet.dtype)
     missing, unexpected = result.load_state_dict(unet.state_dict(), strict=False)
     if missing != ["time_embedding.cond_proj.weight"] or unexpected:
         raise ValueError(f"the student's U-Net does not match the teacher's: missing {missing}, extra {unexpected}")

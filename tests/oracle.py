@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -316,3 +316,23 @@ def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]
 def train(engine: Engine, steps: Iterable[int]) -> list[dict[str, float]]:
     """Run the engine and return each step's logs."""
     return [logs for _, logs in engine.run(steps)]
+
+
+def gradients_by_phase(method: Toy) -> dict[str, set[str]]:
+    """Which parameters, as "role.name", get a gradient in which phase; filled while an engine runs the method."""
+    found: dict[str, set[str]] = {phase.name: set() for phase in method.phases}
+    current = [""]
+
+    def entering(phase: Phase) -> Phase:
+        def loss(batch: Batch, rng: Noise) -> Terms:
+            current[0] = phase.name
+            return phase.loss(batch, rng)
+
+        return replace(phase, loss=loss)
+
+    method.phases = tuple(entering(phase) for phase in method.phases)
+    for role, network in method.networks.items():
+        for name, p in network.named_parameters():
+            if p.requires_grad:  # the frozen cannot have one
+                p.register_post_accumulate_grad_hook(lambda _, key=f"{role}.{name}": found[current[0]].add(key))
+    return found

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastgen.engine import Engine, NonFiniteLoss, Optim
 from fastgen.method import Batch, Phase, Terms
 from fastgen.rng import Noise
-from tests.oracle import Samples, Toy, linear_method, moved, optims, same, states, train
+from tests.oracle import Samples, Toy, gradients_by_phase, linear_method, moved, optims, same, states, train
 
 DATA = Samples((4,))
 
@@ -100,25 +100,6 @@ def test_a_step_does_not_depend_on_the_steps_before_it() -> None:
 
 
 # Phases
-
-
-def gradients_by_phase(method: Toy) -> dict[str, set[str]]:
-    """Which parameters, as role.name, get a gradient in which phase; filled while the engine runs."""
-    found: dict[str, set[str]] = {phase.name: set() for phase in method.phases}
-    current = [""]
-
-    def entering(phase: Phase) -> Phase:
-        def loss(batch: Batch, rng: Noise) -> Terms:
-            current[0] = phase.name
-            return phase.loss(batch, rng)
-
-        return Phase(phase.name, phase.trains, loss, phase.every, phase.after)
-
-    method.phases = tuple(entering(phase) for phase in method.phases)
-    for role, network in method.networks.items():
-        for name, p in network.named_parameters():
-            p.register_post_accumulate_grad_hook(lambda _, key=f"{role}.{name}": found[current[0]].add(key))
-    return found
 
 
 def test_only_what_a_phase_trains_gets_gradients_and_all_of_it_does() -> None:

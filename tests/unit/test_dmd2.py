@@ -1,0 +1,386 @@
+"""DMD2 on a world with known answers, and which network learns from which of its losses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastgen import losses, times
+from fastgen.denoiser import Denoiser
+from fastgen.discriminator import features
+from fastgen.engine import Engine, Optim
+from fastgen.family import Family
+from fastgen.method import Batch
+from fastgen.prediction import Kind
+from fastgen.rng import Noise
+from fastgen.sampling import renoise, sample
+from fastgen.schedule import Flow, Schedule, add_noise
+from fastgen.trainers.dmd2 import Config, Method
+from tests.oracle import (
+    Affine,
+    Map,
+    Samples,
+    conv_family,
+    gaussian_family,
+    gradients_by_phase,
+    labels,
+    moved,
+    optims,
+    same,
+    sd_schedule,
+    states,
+    train,
+)
+
+MEANS, SHAPE = (0.3, 1.0, -0.5), (4, 4)
+CONV = Samples((2, 8, 8))
+
+
+def noise(step: int = 0, phase: str = "student", n: int = 4) -> Noise:
+    return Noise(range(n), 0, step, phase)
+
+
+def conv_method(num_steps: int = 1, **options: object) -> Method:
+    torch.manual_seed(0)
+    return Method(Config(**options), conv_family(), num_steps)  # type: ignore[arg-type]
+
+
+# End to end
+
+
+def distil(
+    student: type[Affine] | type[Map],
+    num_steps: int,
+    guidance_scale: float = 1.0,
+    stds: tuple[float, float, float] = (0.5, 0.5, 0.3),
+    schedule: Schedule | None = None,
+    kind: Kind = "v",
+    updates: int = 240,
+) -> list[tuple[float, float]]:
+    """Train through the engine; the mean and deviation of samples for "left" and for "right"."""
+    schedule = schedule or sd_schedule()
+    made = (lambda: Affine(schedule, kind)) if student is Affine else (lambda: Map((0.0,) * 3, (1.0,) * 3, schedule, kind))
+    family = gaussian_family(MEANS, stds, schedule, kind, SHAPE, made)
+    method = Method(Config(guidance_scale=guidance_scale), family, num_steps)
+    steps = updates * method.config.student_every
+    settings = Optim(lr=0.03, schedule="linear", betas=(0.0, 0.99), weight_decay=0.0)
+    data = Samples(SHAPE, images=False)
+    train(Engine(method, data, {"student": settings, "fake_score": settings}, batch_size=16, steps=steps), range(steps))
+
+    found, n, g = [], 2000, torch.Generator().manual_seed(1)
+    for caption in ("left", "right"):
+        x_t = torch.randn(n, *SHAPE, generator=g)
+        with torch.no_grad():
+            x0 = sample(
+                method.student,
+                schedule,
+                x_t,
+                family.student_times(num_steps),
+                labels([caption] * n),
+                renoise,
+                lambda: torch.randn(n, *SHAPE, generator=g),
+            )
+        found.append((x0.mean().item(), x0.std().item()))
+    return found
+
+
+def test_a_one_step_student_takes_on_the_teacher_s_mean_and_deviation() -> None:
+    (m1, s1), (m2, s2) = distil(Affine, 1)
+    assert (m1, m2) == pytest.approx((1.0, -0.5), abs=0.03)
+    assert (s1, s2) == pytest.approx((0.5, 0.3), abs=0.03)
+
+
+def test_a_two_step_student_trained_on_its_own_chain_does_too() -> None:
+    (m1, s1), (m2, s2) = distil(Map, 2)
+    assert (m1, m2) == pytest.approx((1.0, -0.5), abs=0.03)
+    assert (s1, s2) == pytest.approx((0.5, 0.3), abs=0.03)
+
+
+def test_on_rectified_flow_it_does_too() -> None:
+    (m1, s1), (m2, s2) = distil(Map, 2, schedule=Flow(), kind="flow")
+    assert (m1, m2) == pytest.approx((1.0, -0.5), abs=0.03)
+    assert (s1, s2) == pytest.approx((0.5, 0.3), abs=0.03)
+
+
+def test_guidance_moves_the_fixed_point_to_the_guided_mean() -> None:
+    """With guidance on the teacher only: m_u + w (m_c - m_u), and the deviation unchanged."""
+    (m1, s1), (m2, s2) = distil(Affine, 1, guidance_scale=2.0, stds=(0.5, 0.5, 0.5), updates=300)
+    assert (m1, m2) == pytest.approx((0.3 + 2 * 0.7, 0.3 - 2 * 0.8), abs=0.03)
+    assert (s1, s2) == pytest.approx((0.5, 0.5), abs=0.03)
+
+
+# The gradient
+
+
+def gradients(method: Method, loss: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, [p for p in method.student.network.parameters()], allow_unused=True))
+
+
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_zero_gradient_when_fake_equals_teacher(num_steps: int) -> None:
+    """At the start, without guidance: exactly, to the last bit."""
+    method = conv_method(num_steps, guidance_scale=1.0)
+    for step in range(4):
+        terms = method.student_loss(CONV.batch(range(4)), noise(step))
+        assert terms["dmd"].abs().max() == 0
+        assert all(g.abs().max() == 0 for g in gradients(method, terms["dmd"].sum()) if g is not None)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2])
+@pytest.mark.parametrize("scale", [2.0, 7.5])
+def test_at_the_start_only_guidance_pulls(num_steps: int, scale: float) -> None:
+    """(w - 1) (uncond x0 - cond x0) / mean |x0 - guided x0|, over n."""
+    method = conv_method(num_steps, guidance_scale=scale)
+    batch = CONV.batch(range(4))
+    found = gradients(method, method.student_loss(batch, noise(3))["dmd"].sum())
+
+    rng = noise(3)
+    x0 = method.generate(batch, rng)
+    t = times.uniform(rng, method.teacher.schedule, 0.02, 0.98)
+    with torch.no_grad():
+        x_t = add_noise(method.teacher.schedule, x0, rng.normal((2, 8, 8)), t)
+        pos = method.teacher(x_t, t, batch.cond).x0
+        neg = method.teacher(x_t, t, labels([""] * 4)).x0
+        size = losses.per_sample((x0 - (neg + scale * (pos - neg))).abs()).reshape(-1, 1, 1, 1)
+        direction = (scale - 1) * (neg - pos) / size
+    for g, expected in zip(found, gradients(method, (x0 * direction).sum() / 128), strict=True):
+        torch.testing.assert_close(g, expected, rtol=1e-3, atol=1e-5)
+    assert max(g.abs().max() for g in found) > 1e-4
+
+
+def test_the_student_moves_towards_the_teacher() -> None:
+    """T3: the sign. A student below the teacher's mean, known to the fake score, is pushed up."""
+    family = gaussian_family(MEANS, (0.5,) * 3, shape=SHAPE)
+    method = Method(Config(guidance_scale=1.0), family, 1)
+    network = method.fake_score.network
+    with torch.no_grad():
+        network.mean.zero_()
+        network.log_std.zero_()
+    batch = Samples(SHAPE, images=False, captions=("left",)).batch(range(32))
+    shift, _ = gradients(method, method.student_loss(batch, noise(n=32))["dmd"].sum())
+    assert shift[3, 1] < 0
+    assert shift[:3].abs().sum() == shift[3, 0] == shift[3, 2] == 0
+
+
+def test_times_of_the_student_s_loss_stay_within_their_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[Tensor]] = {"teacher": [], "fake": []}
+    family = gaussian_family(shape=SHAPE)
+    method = Method(Config(guidance_scale=1.0, t_low=0.4, t_high=0.6), family, 1)
+    for name, denoiser in (("teacher", method.teacher), ("fake", method.fake_score)):
+        denoiser.network.register_forward_pre_hook(lambda _, args, to=seen[name]: to.append(args[1]))
+    n = 200
+    batch = Samples(SHAPE, images=False).batch(range(n))
+    method.student_loss(batch, noise(n=n))
+    assert torch.equal(seen["teacher"][0], seen["fake"][0])
+    assert seen["fake"][0].min() >= 400
+    assert seen["fake"][0].max() < 600
+    assert len(seen["fake"][0].unique()) > 50  # a time for each sample
+    method.critic_loss(batch, noise(phase="critic", n=n))
+    assert seen["fake"][1].min() < 100
+    assert seen["fake"][1].max() > 900
+
+
+def test_teacher_and_fake_score_see_the_same_noised_student() -> None:
+    seen: list[Tensor] = []
+    method = conv_method(guidance_scale=1.0)
+    for denoiser in (method.teacher, method.fake_score):
+        denoiser.network.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    method.student_loss(CONV.batch(range(4)), noise())
+    assert torch.equal(seen[0], seen[1])
+
+
+# Two time scales
+
+
+def test_the_student_learns_every_few_steps_and_the_fake_score_at_each() -> None:
+    method = conv_method(student_every=3, guidance_scale=2.0)
+    before = states(method)
+    engine = Engine(method, CONV, optims(method, lr=1e-3), batch_size=2, steps=7)
+    for step, logs in engine.run(range(7)):
+        after = states(method)
+        assert moved(before["fake_score"], after["fake_score"])
+        assert bool(moved(before["student"], after["student"])) == (step % 3 == 0)
+        assert ("student/dmd" in logs) == (step % 3 == 0)
+        assert same(before["teacher"], after["teacher"])
+        before = after
+
+
+def test_the_fake_score_learns_the_student_s_distribution() -> None:
+    """DSM on the student's samples: with the student still, its mean and deviation are found."""
+    method = Method(Config(guidance_scale=1.0), gaussian_family(shape=SHAPE, student=lambda: still(1.5, 0.8)), 1)
+    method.phases = (method.phases[0],)
+    engine = Engine(
+        method,
+        Samples(SHAPE, images=False),
+        {"fake_score": Optim(lr=0.05, schedule="linear", weight_decay=0.0)},
+        batch_size=16,
+        steps=300,
+    )
+    train(engine, range(300))
+    assert method.fake_score.network.mean[1:].tolist() == pytest.approx([1.5] * 2, abs=0.06)
+    assert method.fake_score.network.log_std[1:].exp().tolist() == pytest.approx([0.8] * 2, abs=0.06)
+
+
+def still(shift: float, scale: float) -> nn.Module:
+    return Affine(sd_schedule(), "v", shift, scale)
+
+
+# The GAN
+
+
+def test_without_the_gan_no_image_is_needed_and_no_head_is_made() -> None:
+    method = conv_method(4)
+    assert not method.needs_images
+    assert set(method.networks) == {"teacher", "student", "fake_score"}
+    assert [(p.name, p.trains) for p in method.phases] == [("critic", ["fake_score"]), ("student", ["student"])]
+    batch = replace(CONV.batch(range(4)), x0=None)
+    assert set(method.critic_loss(batch, noise(phase="critic"))) == {"denoising"}
+    assert set(method.student_loss(batch, noise())) == {"dmd"}
+
+
+def test_the_gan_trains_heads_and_fake_score_in_the_critic_and_the_student_in_its_own_phase() -> None:
+    method = conv_method(gan_weight=0.5, gan_critic_weight=0.5, student_every=2)
+    assert method.needs_images
+    assert method.phases[0].trains == ["fake_score", "discriminator"]
+    found = gradients_by_phase(method)  # type: ignore[arg-type]
+    engine = Engine(method, CONV, optims(method, lr=1e-3, weight_decay=0.0), batch_size=2, steps=2)
+    before = states(method)
+    (first, second) = train(engine, range(2))
+    roles = {phase: {key.partition(".")[0] for key in keys} for phase, keys in found.items()}
+    assert roles == {"critic": {"fake_score", "discriminator"}, "student": {"student"}}
+    assert set(first) == {
+        "critic/denoising",
+        "critic/gan",
+        "critic/fake_score.grad_norm",
+        "critic/discriminator.grad_norm",
+        "student/dmd",
+        "student/gan",
+        "student/student.grad_norm",
+    }
+    assert not any(key.startswith("student") for key in second)
+    after = states(method)
+    assert moved(before["discriminator"], after["discriminator"]) == set(before["discriminator"])
+    assert moved(before["student"], after["student"]) == set(before["student"])
+    assert same(before["teacher"], after["teacher"])
+
+
+def test_adversarial_terms_are_their_losses_times_their_weights() -> None:
+    """Noised anew for each, at a time of its own; real and fake logits from the fake score's features."""
+    method = conv_method(gan_weight=0.25, gan_critic_weight=0.5)
+    batch = CONV.batch(range(4))
+    assert batch.x0 is not None
+
+    def logits(x0: Tensor, rng: Noise) -> Tensor:
+        t = times.uniform(rng, method.teacher.schedule)
+        x_t = add_noise(method.teacher.schedule, x0, rng.normal((2, 8, 8)), t)
+        return method.heads(features(method.fake_score, ["mid"], x_t, t, batch.cond))
+
+    def skip(rng: Noise) -> None:
+        rng.uniform()
+        rng.normal((2, 8, 8))
+
+    rng = noise(phase="critic")
+    x0 = method.generate(batch, rng)
+    skip(rng)  # the denoising loss's
+    expected = 0.5 * losses.gan_discriminator(logits(batch.x0, rng), logits(x0, rng))
+    torch.testing.assert_close(method.critic_loss(batch, noise(phase="critic"))["gan"], expected)
+
+    rng = noise()
+    x0 = method.generate(batch, rng)
+    skip(rng)  # the distribution-matching loss's
+    expected = 0.25 * losses.gan_generator(logits(x0, rng))
+    torch.testing.assert_close(method.student_loss(batch, noise())["gan"], expected)
+
+
+def test_the_student_s_adversarial_gradient_comes_through_the_fake_score_s_features() -> None:
+    method = conv_method(gan_weight=1.0, guidance_scale=1.0)  # the distribution-matching gradient is 0 at the start
+    found = gradients(method, method.student_loss(CONV.batch(range(4)), noise())["gan"].sum())
+    assert all(g is not None and g.abs().max() > 0 for g in found)
+
+
+def test_the_heads_learn_to_tell_real_from_fake() -> None:
+    family = conv_family()
+    method = Method(Config(gan_weight=1e-3, gan_critic_weight=1.0, guidance_scale=1.0, student_every=1000), family, 1)
+    data = Samples((2, 8, 8), means=(0.0, 2.0, 2.0))
+    engine = Engine(method, data, optims(method, lr=3e-3), batch_size=8, steps=60)
+    logs = train(engine, range(1, 61))
+    assert logs[0]["critic/gan"] == pytest.approx(2 * 0.6931, abs=0.5)
+    assert sum(log["critic/gan"] for log in logs[-10:]) / 10 < 0.9
+
+
+def test_blocks_are_the_ones_named_or_the_deepest() -> None:
+    assert conv_method(gan_weight=1e-3).blocks == ["mid"]
+    method = conv_method(gan_weight=1e-3, gan_blocks=["mid", "down"])
+    assert method.blocks == ["mid", "down"]
+    assert len(method.heads.heads) == 2
+
+
+# What the student is called on
+
+
+def test_with_from_data_a_few_step_student_needs_images_and_a_one_step_student_does_not() -> None:
+    assert conv_method(2, rollout="from_data").needs_images
+    assert not conv_method(1, rollout="from_data").needs_images
+
+
+def inputs_of_student(method: Method, batch: Batch, steps: range) -> dict[float, Tensor]:
+    """What the student's last call of each critic loss was given, by its time."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    method.student.network.register_forward_pre_hook(lambda _, args: seen.append((args[0], args[1])))
+    found = {}
+    for step in steps:
+        method.critic_loss(batch, noise(step, "critic"))
+        x_t, t = seen[-1]
+        found[t[0].item()] = x_t
+    return found
+
+
+def test_from_data_gives_noised_images_and_backward_simulation_does_not() -> None:
+    batch = CONV.batch(range(4))
+    assert batch.x0 is not None
+    batch = replace(batch, x0=torch.full_like(batch.x0, 50.0))
+    data = inputs_of_student(conv_method(2, rollout="from_data"), batch, range(8))
+    chain = inputs_of_student(conv_method(2), batch, range(8))
+    assert set(data) == set(chain) == {999.0, 499.0}
+    assert data[499.0].mean() > 20
+    assert chain[499.0].mean().abs() < 5
+    assert data[999.0].mean().abs() < 1  # pure noise at the first time, as when sampling
+
+
+# What is refused
+
+
+def test_an_empty_range_of_times_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"t_low 0.6 must be below t_high 0.5"):
+        conv_method(t_low=0.6, t_high=0.5)
+
+
+def test_an_unknown_block_is_refused_and_the_known_are_named() -> None:
+    with pytest.raises(ValueError, match="gan_blocks: no block 'middle'; this family has down, mid"):
+        conv_method(gan_weight=1e-3, gan_blocks=["middle"])
+
+
+def test_a_family_without_blocks_cannot_have_the_gan() -> None:
+    with pytest.raises(ValueError, match="gan_weight"):
+        Method(Config(gan_weight=1e-3), gaussian_family(), 1)
+
+
+def test_a_fake_score_that_blows_up_stops_the_student() -> None:
+    method = conv_method(guidance_scale=1.0)
+    with torch.no_grad():
+        next(method.fake_score.network.parameters()).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="distribution-matching gradient is not finite"):
+        method.student_loss(CONV.batch(range(4)), noise())
+
+
+def test_the_roles_share_schedule_kind_and_call_but_no_weight() -> None:
+    family: Family = conv_family()
+    method = Method(Config(), family, 1)
+    roles: list[Denoiser] = [method.teacher, method.student, method.fake_score]
+    assert {(id(d.schedule), d.kind, d.call) for d in roles} == {(id(family.denoiser.schedule), "v", family.denoiser.call)}
+    pointers = [{p.data_ptr() for p in d.network.parameters()} for d in roles]
+    assert not (pointers[0] & pointers[1] or pointers[0] & pointers[2] or pointers[1] & pointers[2])
+    assert same(dict(method.teacher.network.state_dict()), dict(method.fake_score.network.state_dict()))
