@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fastgen import config, registry
 from fastgen import recipe as recipes
@@ -22,8 +23,6 @@ from .runner import Subject
 
 if TYPE_CHECKING:
     from fastgen.train import Session
-
-_contexts: weakref.WeakKeyDictionary[Any, tuple[EvalConfig, Source, Context]] = weakref.WeakKeyDictionary()
 
 
 def settings(tree: Mapping[str, Any], where: str) -> EvalConfig:
@@ -48,38 +47,34 @@ def reference(decoded: EvalConfig, image_size: tuple[int, int], where: str) -> S
     return source
 
 
-def quick(session: Session) -> dict[str, float]:
-    """The recipe's metrics on ``num_images_training`` images of the trainer's own sampler."""
-    known = _contexts.get(session.method)
-    if known is None:
-        decoded = settings(session.recipe.eval, "config")
-        source = reference(decoded, session.family.image_size, "config")
-        clip = recipes.locate(decoded.clip) if decoded.clip else None
-        real = _Real(source, decoded.num_images)
-        context = Context(clip, decoded.inception, real, source.candidates, source.concept, session.device)
-        known = _contexts[session.method] = (decoded, source, context)
-    decoded, source, context = known
-    names = [name for name in decoded.metrics if name != "latency"]
+class Quick:
+    """Judges a training run's exported network on a few images of the trainer's own sampler, latency left out."""
 
-    def batches() -> Any:
-        for start in range(0, decoded.num_images_training, decoded.batch_size):
-            samples = range(start, min(start + decoded.batch_size, decoded.num_images_training))
-            prompts = [source.item(i).prompt for i in samples]
-            yield session.images(prompts, samples), prompts
+    def __init__(self, tree: Mapping[str, Any], where: str) -> None:
+        """tree: the ``eval:`` section, decoded now so that a mistake in it shows before the first step."""
+        self._settings, self._where = settings(tree, where), where
+        self._known: tuple[Source, Context] | None = None
 
-    return runner.measure_images(batches(), context, names)
+    def __call__(self, session: Session) -> dict[str, float]:
+        """The values by name. The reference is gone through the first time only."""
+        decoded = self._settings
+        source, context = self._known = self._known or self._open(session)
+        names = [name for name in decoded.metrics if name != "latency"]
 
+        def batches() -> Iterator[tuple[Tensor, Sequence[str]]]:
+            for start in range(0, decoded.num_images_training, decoded.batch_size):
+                samples = range(start, min(start + decoded.batch_size, decoded.num_images_training))
+                prompts = [source.item(i).prompt for i in samples]
+                yield session.images(prompts, samples), prompts
 
-class _Real:
-    """() -> the source's first images, as uint8 batches."""
+        return runner.measure_images(batches(), context, names)
 
-    def __init__(self, source: Source, count: int) -> None:
-        self.source, self.count = source, min(count, len(source))
-
-    def __call__(self) -> Any:
-        for start in range(0, self.count, 64):
-            images = [self.source.item(i).image for i in range(start, min(start + 64, self.count))]
-            yield torch.stack([torch.from_numpy(image) for image in images if image is not None]).permute(0, 3, 1, 2)
+    def _open(self, session: Session) -> tuple[Source, Context]:
+        source = reference(self._settings, session.family.image_size, self._where)
+        real = runner.Real(source, range(min(self._settings.num_images, len(source))), self._settings.batch_size)
+        clip = recipes.locate(self._settings.clip) if self._settings.clip else None
+        inception = self._settings.inception
+        return source, Context(clip, inception, real, source.candidates, source.concept, session.device)
 
 
 def judge(
@@ -112,7 +107,7 @@ def judge(
     clip = recipes.locate(decoded.clip) if decoded.clip else None
     rows = runner.evaluate(
         subjects,
-        config.decode(type(decoded), {**config.encode(decoded), "clip": clip}, where, "eval"),
+        replace(decoded, clip=clip),
         source,
         device=PartialState().device,
         candidates=source.candidates,

@@ -90,6 +90,35 @@ def markdown_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def insert(rows: Sequence[Row], document: Path, name: str) -> None:
+    """Put the table, with what it was measured on, between ``<!-- NAME -->`` and ``<!-- /NAME -->`` in a document.
+
+    Raises ValueError if the document has no such place.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    text = document.read_text(encoding="utf-8") if document.is_file() else ""
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
+        raise ValueError(f"{document}: has no place for the results; write {begin} and {end} on lines of their own")
+    before, _, rest = text.partition(begin)
+    after = rest.partition(end)[2]
+    made = f"{begin}\n\n{markdown_table(rows)}\n{_said(rows)}\n\n{end}"
+    write_text(document, before + made + after)
+
+
+def _said(rows: Sequence[Row]) -> str:
+    """One paragraph of protocol, for below a table."""
+    protocol = next((row["protocol"] for row in reversed(rows) if row.get("protocol")), {})
+    versions = protocol.get("versions", {})
+    names = ", ".join(f"{k} {versions[k]}" for k in ("torch", "diffusers", "transformers") if k in versions)
+    parts = [
+        f"{protocol.get('num_images')} images a row, one seed each ({protocol.get('seeds')})",
+        f"{protocol.get('dtype')} on {protocol.get('device')}",
+        names,
+        f"commit {str(protocol.get('commit'))[:12]}",
+    ]
+    return "; ".join(part for part in parts if part) + "."
+
+
 def print_table(rows: Sequence[Row]) -> None:
     """The results on the terminal."""
     from rich import box
@@ -116,7 +145,7 @@ def write_report(run: Path) -> Path:
     Read are results.json, metrics.jsonl, comparison/, samples/ and config.yaml, each if it is there.
     Raises ValueError if there is neither of the first two, or if one is damaged.
     """
-    rows, logged = _results(run / "results.json"), read_metrics(run / "metrics.jsonl")
+    rows, logged = read_results(run / "results.json"), read_metrics(run / "metrics.jsonl")
     if not rows and not logged:
         raise ValueError(
             f"{run}: holds neither results.json nor metrics.jsonl; `fastgen evaluate {run}` makes the first"
@@ -145,7 +174,8 @@ def write_report(run: Path) -> Path:
     return path
 
 
-def _results(path: Path) -> list[Row]:
+def read_results(path: Path) -> list[Row]:
+    """The rows of a results.json; none if there is no such file. Raises ValueError if it is damaged."""
     if not path.is_file():
         return []
     try:

@@ -99,7 +99,7 @@ def evaluate(
     context = Context(
         config.clip,
         config.inception,
-        _Reference(reference, range(min(count, len(reference))), config.batch_size) if reference.has_images else None,
+        Real(reference, range(min(count, len(reference))), config.batch_size) if reference.has_images else None,
         candidates,
         concept,
         device,
@@ -245,7 +245,7 @@ def commit() -> str | None:
 
 
 @dataclass(frozen=True, eq=False)
-class _Reference:
+class Real:
     """The real images of some of a source's items."""
 
     source: Source
@@ -253,6 +253,7 @@ class _Reference:
     batch_size: int
 
     def __call__(self) -> Iterator[Tensor]:
+        """Batches of uint8 [B, 3, H, W]."""
         for start in range(0, len(self.indices), self.batch_size):
             yield _real(self.source, self.indices[start : start + self.batch_size])
 

@@ -64,7 +64,7 @@ def train(
     """Distil (or pretrain) as a config says; the student is left in <run.out>/pipeline."""
     from . import recipe as recipes
     from .config import override, read
-    from .evaluation.judge import quick, settings
+    from .evaluation.judge import Quick
     from .train import train as run
 
     decoded = recipes.decode(override(read(find_config(config)), overrides or []), str(config))
@@ -73,9 +73,7 @@ def train(
 
         rehearse(decoded)
         return
-    if decoded.eval.get("every"):
-        settings(decoded.eval, str(config))  # a mistake in it is found before the first step
-    folder = run(decoded, resume, quick)
+    folder = run(decoded, resume, Quick(decoded.eval, str(config)) if decoded.eval.get("every") else None)
     say(f"{folder / 'pipeline'} holds the result; `fastgen evaluate {folder}` judges it")
 
 
@@ -173,6 +171,23 @@ def evaluate(
 
     print_table(rows)
     say(f"{out / 'report.html'}")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder with a results.json.")],
+    into: Annotated[Path | None, typer.Option(help="A Markdown file that shall hold the table too.")] = None,
+    name: Annotated[str, typer.Option(help="Its place in that file: <!-- NAME --> ... <!-- /NAME -->.")] = "results",
+) -> None:
+    """Write report.html anew from what a run folder holds, and the table into a document."""
+    from .evaluation import report as reports
+
+    rows = reports.read_results(run / "results.json")
+    if into is not None:
+        reports.insert(rows, into, name)
+        say(f"{into}")
+    reports.print_table(rows)
+    say(f"{reports.write_report(run)}")
 
 
 @app.command()

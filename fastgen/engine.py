@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import parallel
 from .config import option
-from .method import Batch, Method, Phase
+from .method import Batch, Phase, Trainable
 from .rng import Noise
 
 Logs = dict[str, float]
@@ -61,7 +61,7 @@ class Engine:
 
     def __init__(
         self,
-        method: Method,
+        method: Trainable,
         data: Data,
         optim: Mapping[str, Optim],
         *,

@@ -152,7 +152,7 @@ def load(path: str | Path, **kwargs: Any) -> Any:
         stock = type(pipeline)
 
         def call(self: Any, *args: Any, **named: Any) -> Any:
-            return stock.__call__(self, *args, **{**defaults, **named})
+            return stock.__call__(self, *args, **(defaults | named))
 
         call.__doc__ = stock.__call__.__doc__
         # a subclass of the same name, so that saving writes the stock class into model_index.json

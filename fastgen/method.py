@@ -44,8 +44,8 @@ class Phase:
     after: Callable[[], None] = nothing
 
 
-class Method(Protocol):
-    """Networks by role and the phases that train them."""
+class Trainable(Protocol):
+    """What the engine trains: networks by role and the phases in which they learn."""
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
@@ -56,6 +56,10 @@ class Method(Protocol):
     def phases(self) -> Sequence[Phase]:
         """In the order of their turns."""
         ...
+
+
+class Method(Trainable, Protocol):
+    """A distillation method: something to train, and what of it becomes a pipeline."""
 
     @property
     def exported(self) -> str:

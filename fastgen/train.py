@@ -98,10 +98,11 @@ def build(recipe: Recipe, device: torch.device | None = None) -> Session:
     )
     for network in method.networks.values():
         network.to(device)
-        if model.gradient_checkpointing and hasattr(network, "enable_gradient_checkpointing"):
-            network.enable_gradient_checkpointing()
-    denoisers = [n for n in method.networks.values() if hasattr(n, "set_attention_backend")]
+    kind: Any = type(family.denoiser.network)  # what a method adds, such as a discriminator, is of another class
+    denoisers = [network for network in method.networks.values() if isinstance(network, kind)]
     used = attention.set_attention(denoisers, model.attention, device)
+    for network in denoisers if model.gradient_checkpointing else ():
+        network.enable_gradient_checkpointing()
     if model.compile:
         for network in denoisers:
             network.compile()

@@ -32,7 +32,7 @@ _KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"
 
 def call(network: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
     """x_t: [B, C, H, W]; t: [B] timesteps; cond: text [B, L, D] -> y: [B, C, H, W]."""
-    return network(x_t, t.float(), encoder_hidden_states=cond["text"], return_dict=False)[0]  # type: ignore[no-any-return]
+    return network(x_t, t.float(), encoder_hidden_states=cond["text"], return_dict=False)[0]
 
 
 def load(path: str | Path, device: torch.device | str = "cpu", autocast: torch.dtype | None = None) -> Family:
@@ -121,8 +121,10 @@ def student_scheduler(teacher: Any, num_steps: int) -> LCMScheduler:
 
     The boundary scaling is raised until c_skip vanishes in float32, so that each step uses x0 itself.
     """
+    # all of the teacher's values: what it left at its class's default, from_config would take for LCM's
+    config = {key: value for key, value in teacher.config.items() if key != "_use_default_values"}
     return LCMScheduler.from_config(
-        teacher.config,
+        config,
         original_inference_steps=num_steps,
         timestep_scaling=1e4,
         clip_sample=False,

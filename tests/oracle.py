@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastgen.denoiser import Cond, Denoiser
 from fastgen.engine import Engine, Optim
 from fastgen.family import Block, Family
-from fastgen.method import Batch, Method, Phase, Terms, nothing
+from fastgen.method import Batch, Phase, Terms, Trainable, nothing
 from fastgen.prediction import Kind, combine
 from fastgen.rng import Noise, seed_of
 from fastgen.sampling import ddim_times
@@ -110,14 +110,16 @@ class Gaussians(nn.Module):
         mean, std = (label @ self.mean).reshape(shape), (label @ self.log_std).exp().reshape(shape)
         variance = (at.alpha * std).square() + at.sigma.square()
         centred = x_t - at.alpha * mean
-        return combine(self.kind, mean + at.alpha * std.square() / variance * centred, at.sigma / variance * centred, at)
+        return combine(
+            self.kind, mean + at.alpha * std.square() / variance * centred, at.sigma / variance * centred, at
+        )
 
 
 class Map(nn.Module):
     """The consistency map of one Gaussian a caption: a student that is affine in x_t and tied across times.
 
-    Where ``Affine`` is free at each time, a Gaussian fake score sees only the mixture over times, so that errors of two
-    times could cancel in it; here they cannot.
+    Where ``Affine`` is free at each time, a Gaussian fake score sees only the mixture over times, so that the errors
+    of two times could cancel in it; here they cannot.
     """
 
     def __init__(self, means: Sequence[float], stds: Sequence[float], schedule: Schedule, kind: Kind) -> None:
@@ -286,16 +288,16 @@ def linear_method(every: int = 1, after: Callable[[], None] = nothing) -> Toy:
     return Toy(dict(networks.items()), (Phase("first", ["a"], first), Phase("second", ["b"], second, every, after)))
 
 
-def optims(method: Method, **settings: object) -> dict[str, Optim]:
+def optims(method: Trainable, **settings: object) -> dict[str, Optim]:
     """The same optimizer for each role that some phase trains."""
     return {role: Optim(**settings) for role in trained(method)}  # type: ignore[arg-type]
 
 
-def trained(method: Method) -> list[str]:
+def trained(method: Trainable) -> list[str]:
     return sorted({role for phase in method.phases for role in phase.trains})
 
 
-def states(method: Method) -> dict[str, dict[str, Tensor]]:
+def states(method: Trainable) -> dict[str, dict[str, Tensor]]:
     """A copy of each network's parameters and buffers, by role."""
     return {
         role: {name: value.detach().clone() for name, value in network.state_dict().items()}

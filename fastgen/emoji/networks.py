@@ -20,7 +20,21 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
 def tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte-pair vocabulary is learnt from the captions; its files go to ``folder``."""
+    """A CLIP tokenizer whose byte-pair vocabulary is learnt from the captions; its files go to ``folder``.
+
+    Files that are there already are used as they are: the trainer breaks ties by the order of a hash table, so a
+    vocabulary learnt anew would number its tokens otherwise.
+    """
+    if not (folder / "vocab.json").is_file():
+        _learn(captions, folder)
+    result: CLIPTokenizer = CLIPTokenizer.from_pretrained(
+        folder, model_max_length=TOKENS, pad_token=EOS, bos_token=BOS, eos_token=EOS, unk_token=EOS
+    )
+    return result
+
+
+def _learn(captions: Iterable[str], folder: Path) -> None:
+    """Write vocab.json and merges.txt."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=EOS))
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
@@ -43,13 +57,9 @@ def tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
     vocabulary += [BOS, EOS]
     folder.mkdir(parents=True, exist_ok=True)
     vocab = {token: i for i, token in enumerate(dict.fromkeys(vocabulary))}
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     merges = [" ".join(m) if isinstance(m, list) else m for m in learnt["merges"]]
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    result: CLIPTokenizer = CLIPTokenizer.from_pretrained(
-        folder, model_max_length=TOKENS, pad_token=EOS, bos_token=BOS, eos_token=EOS, unk_token=EOS
-    )
-    return result
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
 
 
 def clip(words: CLIPTokenizer) -> tuple[CLIPModel, CLIPProcessor]:

@@ -1,11 +1,13 @@
 """Trains the emoji world's CLIP and autoencoder and puts the untrained teacher together.
 
 ``python -m fastgen.emoji.world clip|vae CONFIG`` trains one; ``... pipeline CLIP VAE OUT`` writes the pipeline that
-``fastgen train configs/emoji/teacher.yaml`` then trains. Each run resumes from its newest checkpoint.
+``fastgen train configs/emoji/teacher.yaml`` then trains; ``... ship RUNS`` copies what came out into the package and
+the logs into docs/. Each run resumes from its newest checkpoint. ``make world`` does it all.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -193,6 +195,19 @@ def train_vae(recipe: Recipe) -> None:
     model.save_pretrained(Path(recipe.out) / "vae")
 
 
+def ship(runs: Path) -> None:
+    """Copy CLIP and teacher into the package's assets, and the logs and the last sample grid into docs/emoji/."""
+    assets, docs = Path(__file__).parent / "assets", Path("docs/emoji")
+    for source, name in ((runs / "clip" / "clip", "clip"), (runs / "teacher" / "pipeline", "teacher")):
+        with checkpoint.atomic_folder(assets / name) as folder:
+            shutil.copytree(source, folder, dirs_exist_ok=True)
+    docs.mkdir(parents=True, exist_ok=True)
+    for name in ("clip", "vae", "teacher"):
+        shutil.copy(runs / name / "train.log", docs / f"{name}.log")
+    shutil.copy(runs / "teacher" / "metrics.jsonl", docs / "teacher.metrics.jsonl")
+    shutil.copy(sorted((runs / "teacher" / "samples").glob("step_*.png"))[-1], docs / "teacher.png")
+
+
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     if len(arguments) == 2 and arguments[0] in ("clip", "vae"):
@@ -200,6 +215,8 @@ def main(arguments: Sequence[str]) -> int:
         (train_clip if arguments[0] == "clip" else train_vae)(recipe)
     elif len(arguments) == 4 and arguments[0] == "pipeline":
         networks.assemble(Path(arguments[1]), Path(arguments[2])).save_pretrained(arguments[3])
+    elif len(arguments) == 2 and arguments[0] == "ship":
+        ship(Path(arguments[1]))
     else:
         print(__doc__, file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""A small real training run for test_kill.py: engine, averaging, checkpoints and metrics as ``fastgen train`` has them.
+"""A small real training run for test_kill.py: engine, averaging, checkpoints and metrics as in ``fastgen train``.
 
 Usage: kill_child.py RUN STEPS. It goes on from the newest whole checkpoint and writes final.safetensors at the end.
 """

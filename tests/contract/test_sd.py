@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -264,7 +263,8 @@ def test_a_student_does_not_share_its_teacher_s_weights() -> None:
     family = sd.wrap(tiny.pipeline())
     one, two = family.student(), family.student()
     pointers = [{p.data_ptr() for p in n.parameters()} for n in (family.denoiser.network, one, two)]
-    assert not (pointers[0] & pointers[1] or pointers[1] & pointers[2])
+    assert pointers[0].isdisjoint(pointers[1] | pointers[2])
+    assert pointers[1].isdisjoint(pointers[2])
 
 
 def test_a_student_of_a_teacher_read_from_disk_is_made_too(tmp_path: Path) -> None:
@@ -369,7 +369,7 @@ assert not [name for name in sys.modules if name.split(".")[0] == "fastgen"]
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, int], Path]]:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path]:
     """Students saved, then called by plain Diffusers in one fresh process."""
     base, folders = tmp_path_factory.mktemp("exported"), {}
     for kind, num_steps in STUDENTS:
@@ -387,7 +387,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[st
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    yield folders
+    return folders
 
 
 @pytest.mark.parametrize(("prediction_type", "num_steps"), STUDENTS)

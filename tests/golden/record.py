@@ -59,7 +59,11 @@ def main() -> None:
     """Write one file a method."""
     for name in methods():
         record = {
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()},
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "machine": platform.machine(),
+            },
             "tolerance": {"rtol": RTOL, "atol": ATOL},
             "losses": {key: losses(name, *variant) for key, variant in variants(name).items()},
         }

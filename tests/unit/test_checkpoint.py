@@ -19,7 +19,7 @@ from fastgen import checkpoint
 from fastgen.checkpoint import CheckpointError, all_checkpoints, atomic_folder, load, read_state, save, write_text
 from fastgen.ema import EMA
 from fastgen.engine import Engine
-from tests.oracle import Samples, Toy, linear_method, optims, same, states, train
+from tests.oracle import Samples, Toy, linear_method, optims, same, states
 
 
 class Run:
@@ -241,7 +241,7 @@ def test_all_but_the_newest_are_deleted_by_number(tmp_path: Path) -> None:
 
 
 def test_the_checkpoint_just_written_stays_even_among_later_ones(tmp_path: Path) -> None:
-    """As after --resume checkpoint-2 in a folder that goes on to 10: what was just saved must not be what is deleted."""
+    """As after --resume checkpoint-2 in a folder that goes on to 10: what was just saved is not what is deleted."""
     run = Run()
     for steps in (2, 9, 10):
         save(tmp_path, steps, run.engine, run.ema, 3)

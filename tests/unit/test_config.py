@@ -152,7 +152,7 @@ def test_a_mistake_is_told_with_file_key_value_and_remedy(values: dict, message:
 
 
 def test_what_has_no_default_must_be_there() -> None:
-    with pytest.raises(ConfigError, match="run.yaml: path is missing; where the pipeline is"):
+    with pytest.raises(ConfigError, match=r"run.yaml: path is missing; where the pipeline is"):
         decode(Outer, {}, "run.yaml")
 
 
@@ -166,7 +166,7 @@ def test_config_errors_are_value_errors() -> None:
 
 
 def test_a_value_error_of_the_whole_config_names_the_file() -> None:
-    with pytest.raises(ConfigError, match="run.yaml: the config: sgd has no level 2"):
+    with pytest.raises(ConfigError, match=r"run.yaml: the config: sgd has no level 2"):
         decode(Inner, {"name": "sgd", "level": 2}, "run.yaml")
 
 
@@ -198,7 +198,9 @@ def test_one_base_may_be_named_alone_and_bases_have_bases(tmp_path: Path) -> Non
 
 
 def test_two_bases_may_share_a_third(tmp_path: Path) -> None:
-    write(tmp_path, low="{a: 1}", one="{base: low.yaml}", two="{base: low.yaml, b: 2}", run="base: [one.yaml, two.yaml]")
+    write(
+        tmp_path, low="{a: 1}", one="{base: low.yaml}", two="{base: low.yaml, b: 2}", run="base: [one.yaml, two.yaml]"
+    )
     assert read(tmp_path / "run.yaml") == {"a": 1, "b": 2}
 
 

@@ -88,7 +88,9 @@ def test_guided_gaussian_is_the_gaussian_of_the_guided_mean() -> None:
     denoiser = Denoiser(network, schedule, "eps", call)
     x_t, t = inputs(schedule)
     pred = guided(denoiser, labels([""], torch.float64), 4.5)(x_t, t, labels(["left"] * 4, torch.float64))
-    torch.testing.assert_close(pred.x0, denoiser(x_t, t, labels(["right"] * 4, torch.float64)).x0, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        pred.x0, denoiser(x_t, t, labels(["right"] * 4, torch.float64)).x0, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_another_network_takes_over_schedule_kind_and_autocast() -> None:

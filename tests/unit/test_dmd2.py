@@ -62,13 +62,19 @@ def distil(
 ) -> list[tuple[float, float]]:
     """Train through the engine; the mean and deviation of samples for "left" and for "right"."""
     schedule = schedule or sd_schedule()
-    made = (lambda: Affine(schedule, kind)) if student is Affine else (lambda: Map((0.0,) * 3, (1.0,) * 3, schedule, kind))
+    made = (
+        (lambda: Affine(schedule, kind))
+        if student is Affine
+        else (lambda: Map((0.0,) * 3, (1.0,) * 3, schedule, kind))
+    )
     family = gaussian_family(MEANS, stds, schedule, kind, SHAPE, made)
     method = Method(Config(guidance_scale=guidance_scale), family, num_steps)
     steps = updates * method.config.student_every
     settings = Optim(lr=0.03, schedule="linear", betas=(0.0, 0.99), weight_decay=0.0)
     data = Samples(SHAPE, images=False)
-    train(Engine(method, data, {"student": settings, "fake_score": settings}, batch_size=16, steps=steps), range(steps))
+    train(
+        Engine(method, data, {"student": settings, "fake_score": settings}, batch_size=16, steps=steps), range(steps)
+    )
 
     found, n, g = [], 2000, torch.Generator().manual_seed(1)
     for caption in ("left", "right"):
@@ -380,7 +386,10 @@ def test_the_roles_share_schedule_kind_and_call_but_no_weight() -> None:
     family: Family = conv_family()
     method = Method(Config(), family, 1)
     roles: list[Denoiser] = [method.teacher, method.student, method.fake_score]
-    assert {(id(d.schedule), d.kind, d.call) for d in roles} == {(id(family.denoiser.schedule), "v", family.denoiser.call)}
+    assert {(id(d.schedule), d.kind, d.call) for d in roles} == {
+        (id(family.denoiser.schedule), "v", family.denoiser.call)
+    }
     pointers = [{p.data_ptr() for p in d.network.parameters()} for d in roles]
-    assert not (pointers[0] & pointers[1] or pointers[0] & pointers[2] or pointers[1] & pointers[2])
+    assert pointers[0].isdisjoint(pointers[1] | pointers[2])
+    assert pointers[1].isdisjoint(pointers[2])
     assert same(dict(method.teacher.network.state_dict()), dict(method.fake_score.network.state_dict()))

@@ -164,7 +164,9 @@ def test_after_sees_the_updated_weights() -> None:
     method.phases[1].after()
     method.phases = (
         method.phases[0],
-        Phase("second", ["b"], method.phases[1].loss, after=lambda: seen.append(not same(before, states(method)["b"]))),
+        Phase(
+            "second", ["b"], method.phases[1].loss, after=lambda: seen.append(not same(before, states(method)["b"]))
+        ),
     )
     train(engine(method), [0])
     assert seen == [True]
@@ -188,13 +190,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_optimizer_moves(bad:
 
     def loss(batch: Batch, rng: Noise) -> Terms:
         terms = spoil["second"](batch, rng)
-        return {name: term * bad if batch.samples[0] == 12 and name == "size" else term for name, term in terms.items()}
+        return {
+            name: term * bad if batch.samples[0] == 12 and name == "size" else term for name, term in terms.items()
+        }
 
     method.phases = (method.phases[0], Phase("second", ["b"], loss))
     subject = engine(method)
     train(subject, range(3))
     before, moments = states(method)["b"], optimizer_state(subject, "b")
-    with pytest.raises(NonFiniteLoss, match=r"not finite at step 3, phase 'second': error=.*, size=(nan|inf)") as error:
+    with pytest.raises(
+        NonFiniteLoss, match=r"not finite at step 3, phase 'second': error=.*, size=(nan|inf)"
+    ) as error:
         train(subject, [3])
     assert "the optimizer has not moved; lower the learning rate or resume from an earlier checkpoint" in str(error)
     assert same(before, states(method)["b"])
@@ -396,7 +402,7 @@ def test_adamw8bit_without_bitsandbytes_says_what_to_install(monkeypatch: pytest
 
 def test_adamw8bit_hands_its_settings_to_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     class Fake:
-        class optim:  # noqa: N801
+        class optim:
             AdamW8bit = torch.optim.AdamW
 
     monkeypatch.setitem(sys.modules, "bitsandbytes", Fake)

@@ -190,7 +190,7 @@ def test_fid_of_images_to_themselves_is_zero(pixels):
 
 def test_reference_is_gone_through_once(clip_folder):
     source = Shapes(8)
-    reference = runner._Reference(source, range(8), 3)
+    reference = runner.Real(source, range(8), 3)
     context = Context(clip_folder, reference=reference)
     first, again = fid.Metric(context), fid.Metric(replace(context, candidates=CONCEPTS))
     assert source.drawn == 8
@@ -261,7 +261,7 @@ def test_retrieval_asks_for_the_concept_of_the_prompt(monkeypatch):
 
 @pytest.mark.parametrize("name", ["fid", "clip_score"])
 def test_any_split_order_or_merge_gives_the_same_number(clip_folder, name):
-    reference = runner._Reference(Shapes(), range(20), 8)
+    reference = runner.Real(Shapes(), range(20), 8)
     context = Context(clip_folder, reference=reference, candidates=CONCEPTS, concept=concept)
     images, prompts = batch_of(11)
 
@@ -506,7 +506,7 @@ def test_prompt_without_candidate(clip_folder):
 
 
 def test_too_few_images(clip_folder):
-    context = Context(clip_folder, reference=runner._Reference(Shapes(), range(4), 4))
+    context = Context(clip_folder, reference=runner.Real(Shapes(), range(4), 4))
     metric = fid.Metric(context)
     metric.update(*batch_of(1))
     with pytest.raises(ValueError, match="fid needs at least 2 images, got 1"):
@@ -514,7 +514,7 @@ def test_too_few_images(clip_folder):
     with pytest.raises(ValueError, match="clip_score needs at least 1 image, got 0"):
         clip_score.Metric(context).compute()
     with pytest.raises(ValueError, match="needs at least 2 real images, the reference has 1"):
-        fid.Metric(replace(context, reference=runner._Reference(Shapes(), range(1), 4)))
+        fid.Metric(replace(context, reference=runner.Real(Shapes(), range(1), 4)))
 
 
 def test_no_prompts_or_too_few_seeds(pipeline):

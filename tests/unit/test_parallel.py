@@ -85,7 +85,12 @@ def work(rank: int, folder: str) -> None:
     nn.init.normal_(other.weight)
     other.running_mean.fill_(rank)  # type: ignore[union-attr, operator]
     parallel.broadcast(other)
-    found = {"total": total, "weight": gradients[0].grad, "bias": gradients[1].grad, "broadcast": other.weight.detach()}
+    found = {
+        "total": total,
+        "weight": gradients[0].grad,
+        "bias": gradients[1].grad,
+        "broadcast": other.weight.detach(),
+    }
     found["buffer"] = other.running_mean  # type: ignore[assignment]
     save_file({n: v.contiguous() for n, v in found.items() if v is not None}, path / f"ops-{rank}.safetensors")
 

@@ -49,7 +49,9 @@ def test_backward_simulation_sees_what_the_sampler_sees_bit_for_bit() -> None:
         inputs = []
         denoiser = student()
 
-        def recorded(x_t: Tensor, t: Tensor, cond: Cond, denoiser: Denoiser = denoiser, to: list = inputs) -> Prediction:
+        def recorded(
+            x_t: Tensor, t: Tensor, cond: Cond, denoiser: Denoiser = denoiser, to: list = inputs
+        ) -> Prediction:
             to.append(x_t)
             return denoiser(x_t, t, cond)
 
