@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format mypy world sprites clean
+.PHONY: help install demo test check format mypy results world sprites clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -35,6 +35,13 @@ mypy: $(VENV)/.installed-dev  ## types alone
 	@rm -rf build/types && mkdir -p build/types/fastgen
 	@ln -s $(CURDIR)/fastgen/* $(addprefix $(CURDIR)/,trainers pipelines evaluation configs) build/types/fastgen/
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p fastgen
+
+results: demo  ## make every number of README.md and docs/results.md again (an hour)
+	$(BIN)/fastgen report runs/demo --into docs/results.md --name demo --picture docs/demo.png
+	$(BIN)/fastgen report runs/demo --into README.md --name demo
+	$(BIN)/fastgen train configs/emoji/dmd2.yaml
+	$(BIN)/fastgen evaluate runs/emoji/dmd2
+	$(BIN)/fastgen report runs/emoji/dmd2 --into docs/results.md --name dmd2 --picture docs/dmd2.png
 
 world: $(VENV)/.installed-dev  ## train the emoji world anew: CLIP, autoencoder, teacher (hours; resumes)
 	$(BIN)/python -m fastgen.emoji.world clip configs/emoji/clip.yaml

@@ -7,12 +7,13 @@ import html
 import io
 import json
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 import fastgen
 from fastgen.checkpoint import write_text
@@ -117,6 +118,37 @@ def _said(rows: Sequence[Row]) -> str:
         f"commit {str(protocol.get('commit'))[:12]}",
     ]
     return "; ".join(part for part in parts if part) + "."
+
+
+def picture(run: Path, file: Path, side: int = 96) -> None:
+    """Write the run's comparison as one PNG: a row for each subject, a column for each prompt.
+
+    side: of each image in pixels. Raises ValueError if the run has no comparison.
+    """
+    listed = run / "comparison" / "prompts.json"
+    if not listed.is_file():
+        raise ValueError(f"{run}: has no comparison; `fastgen evaluate {run}` makes it")
+    kept = json.loads(listed.read_text(encoding="utf-8"))
+    label, gap, font = 150, 4, ImageFont.load_default(14)
+    columns, rows = len(kept["prompts"]), kept["subjects"]
+    canvas = Image.new("RGB", (label + columns * (side + gap), len(rows) * (side + gap) + 3 * gap + 34), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, prompt in enumerate(kept["prompts"]):
+        lines = textwrap.wrap(prompt, 14)[:2]
+        draw.multiline_text((label + i * (side + gap), gap), "\n".join(lines), "black", font)
+    for j, subject in enumerate(rows):
+        top = 34 + 3 * gap + j * (side + gap)
+        draw.multiline_text((gap, top + side // 3), "\n".join(textwrap.wrap(subject["name"], 18)), "black", font)
+        for i in range(columns):
+            source = run / "comparison" / subject["folder"] / f"{i}.png"
+            if source.is_file():
+                with Image.open(source) as opened:
+                    tile = opened.convert("RGB").resize((side, side), Image.Resampling.NEAREST)
+                canvas.paste(tile, (label + i * (side + gap), top))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}")
+    canvas.save(partial, "PNG", optimize=True)
+    partial.replace(file)
 
 
 def print_table(rows: Sequence[Row]) -> None:

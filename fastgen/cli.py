@@ -178,14 +178,18 @@ def report(
     run: Annotated[Path, typer.Argument(help="A run folder with a results.json.")],
     into: Annotated[Path | None, typer.Option(help="A Markdown file that shall hold the table too.")] = None,
     name: Annotated[str, typer.Option(help="Its place in that file: <!-- NAME --> ... <!-- /NAME -->.")] = "results",
+    picture: Annotated[Path | None, typer.Option(help="A PNG for the comparison of all subjects.")] = None,
 ) -> None:
-    """Write report.html anew from what a run folder holds, and the table into a document."""
+    """Write report.html anew from what a run folder holds, and the table and the pictures into documents."""
     from .evaluation import report as reports
 
     rows = reports.read_results(run / "results.json")
     if into is not None:
         reports.insert(rows, into, name)
         say(f"{into}")
+    if picture is not None:
+        reports.picture(run, picture)
+        say(f"{picture}")
     reports.print_table(rows)
     say(f"{reports.write_report(run)}")
 

@@ -339,3 +339,45 @@ def test_thinning_and_smoothing_keep_means():
 )
 def test_short_numbers(value, want):
     assert chart.short(value) == want
+
+
+def test_a_table_goes_to_its_place_in_a_document_and_replaces_the_old_one(tmp_path):
+    document = tmp_path / "README.md"
+    document.write_text("# Title\n\n<!-- demo -->\nold\n<!-- /demo -->\n\nthe rest\n")
+    for _ in range(2):
+        report.insert(made_up_rows(), document, "demo")
+        text = document.read_text()
+        assert text.startswith("# Title\n\n<!-- demo -->\n\n| |")
+        assert text.endswith("<!-- /demo -->\n\nthe rest\n")
+        assert "old" not in text
+        assert text.count("| dmd2, 1 step |") == 1
+        assert "1000 images a row" in text
+
+
+@pytest.mark.parametrize("text", ["", "<!-- demo -->", "<!-- /demo --> <!-- demo -->"])
+def test_a_document_without_a_place_is_left_alone(tmp_path, text):
+    document = tmp_path / "README.md"
+    document.write_text(text)
+    with pytest.raises(ValueError, match="has no place for the results; write <!-- demo -->"):
+        report.insert(made_up_rows(), document, "demo")
+    assert document.read_text() == text
+
+
+def test_the_picture_shows_each_subject_and_prompt(tmp_path):
+    def shade(subject, prompt):
+        return np.full((32, 32, 3), 40 * subject + 10 * prompt, np.uint8)
+
+    run = tmp_path / "run"
+    run.mkdir()
+    made_up_run(run, shade)
+    report.picture(run, tmp_path / "out.png", side=64)
+    with Image.open(tmp_path / "out.png") as opened:
+        pixels = np.asarray(opened.convert("RGB"))
+    for j in range(len(FOLDERS)):
+        for i in range(len(PROMPTS)):
+            assert (pixels[46 + j * 68 + 32, 150 + i * 68 + 32] == 40 * j + 10 * i).all()
+
+
+def test_no_picture_without_a_comparison(tmp_path):
+    with pytest.raises(ValueError, match="has no comparison; `fastgen evaluate"):
+        report.picture(tmp_path, tmp_path / "out.png")
