@@ -14,7 +14,7 @@ from fastgen import config, registry
 from fastgen import recipe as recipes
 from fastgen.config import ConfigError
 from fastgen.data import Source
-from fastgen.export import check_pipeline, read_card
+from fastgen.export import check_pipeline, opening, read_card
 
 from . import report, runner
 from .config import EvalConfig
@@ -89,8 +89,7 @@ def judge(
     decoded = settings(tree, where)
     subjects: list[Subject] = []
     for path in [p for p in (teacher, str(target)) if p]:
-        if Path(path).is_absolute() or Path(path).exists():
-            check_pipeline(Path(path))
+        check_pipeline(path)
     teaching = teacher if student else str(target)
     if teaching:
         subjects += [
@@ -122,7 +121,8 @@ def image_size(folder: Path) -> tuple[int, int]:
     """(height, width) in pixels that a pipeline makes by default."""
     from diffusers import DiffusionPipeline
 
-    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    with opening(folder):
+        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     network = pipeline.components.get("unet") or pipeline.components["transformer"]
     side: int | Sequence[int] = network.config.sample_size
     height, width = (side, side) if isinstance(side, int) else side

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+_BACKENDS = {"eager": "_native_math", "sdpa": "native"}
+"""Our name -> that of Diffusers' dispatcher, where they differ."""
+
 
 def set_attention(networks: list[nn.Module], choice: str, device: torch.device) -> str:
     """Switch every network to ``choice`` and return the name of what they use now.
@@ -18,17 +21,13 @@ def set_attention(networks: list[nn.Module], choice: str, device: torch.device) 
     head a whole U-Net trained 1.5 times as fast without it). Raises ValueError if a named kernel does not work here.
     Not yet run on a GPU: "xformers" and "flash".
     """
-    if choice == "sdpa":
-        return choice
     if choice == "auto":
         order = ["xformers", "sdpa"] if device.type == "cuda" else ["eager", "sdpa"]
     else:
         order = [choice]
     for name in order:
-        if name == "sdpa":
-            return name
         try:
-            if name != "eager":
+            if name not in ("eager", "sdpa"):
                 _probe(name, device)
             for network in networks:
                 _switch(network, name)
@@ -38,7 +37,7 @@ def set_attention(networks: list[nn.Module], choice: str, device: torch.device) 
                 raise ValueError(f"attention {choice!r} does not work here ({reason}); use auto or sdpa") from None
             continue
         return name
-    return "sdpa"
+    raise ValueError("no attention kernel works here; name one in model.attention")
 
 
 def _probe(name: str, device: torch.device) -> None:
@@ -57,19 +56,20 @@ def _probe(name: str, device: torch.device) -> None:
 
 
 def _switch(network: nn.Module, name: str) -> None:
-    model: Any = network
-    if name == "eager" and not _dispatches(network):
-        from diffusers.models.attention_processor import AttnProcessor
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
+    model: Any = network
+    if _dispatches(network):
+        switch: Callable[[str], None] = model.set_attention_backend
+        switch(_BACKENDS.get(name, name))
+    elif name == "eager":
         model.set_attn_processor(AttnProcessor())
-        return
-    if name == "xformers" and not _dispatches(network):
+    elif name == "sdpa":
+        model.set_attn_processor(AttnProcessor2_0())
+    elif name == "xformers":
         model.enable_xformers_memory_efficient_attention()
-        return
-    if not _dispatches(network):
+    else:
         raise ValueError(f"{type(network).__name__} uses Diffusers' older attention, which has no {name!r}")
-    switch: Callable[[str], None] = model.set_attention_backend
-    switch(name)
 
 
 def _dispatches(network: nn.Module) -> bool:

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -48,6 +48,7 @@ def quiet() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 @app.command()
@@ -68,12 +69,13 @@ def train(
     from .train import train as run
 
     decoded = recipes.decode(override(read(find_config(config)), overrides or []), str(config))
+    quick = Quick(decoded.eval, str(config)) if decoded.eval else None
     if dry_run:
         from .dry_run import dry_run as rehearse
 
         rehearse(decoded)
         return
-    folder = run(decoded, resume, Quick(decoded.eval, str(config)) if decoded.eval.get("every") else None)
+    folder = run(decoded, resume, quick)
     say(f"{folder / 'pipeline'} holds the result; `fastgen evaluate {folder}` judges it")
 
 
@@ -107,28 +109,27 @@ def generate(
 ) -> None:
     """Make images with a pipeline, distilled or not."""
     import torch
+    from accelerate import PartialState
 
-    from .export import check_pipeline, load
+    from .export import load
     from .recipe import locate
     from .rng import seed_of
     from .train import DTYPES
 
-    path = locate(pipeline)
-    if Path(path).exists():
-        check_pipeline(Path(path))
-    pipe = load(path, dtype=DTYPES[dtype])
+    state = PartialState()
+    pipe = load(locate(pipeline), dtype=DTYPES[dtype])
     pipe.set_progress_bar_config(disable=True)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe.to(state.device)
     given: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     call = {name: value for name, value in given.items() if value is not None}
     out.mkdir(parents=True, exist_ok=True)
-    for number, text in enumerate(prompt):
-        for index in range(num_images):
-            generator = torch.Generator().manual_seed(seed_of(seed, index))
-            image = pipe(text, generator=generator, **call).images[0]
-            path_out = out / f"{number:04d}_{index:02d}.png"
-            image.save(path_out)
-            say(f"{path_out}  {text}")
+    wanted = [(number, index) for number in range(len(prompt)) for index in range(num_images)]
+    for number, index in wanted[state.process_index :: state.num_processes]:
+        generator = torch.Generator().manual_seed(seed_of(seed, index))
+        image = pipe(prompt[number], generator=generator, **call).images[0]
+        path = out / f"{number:04d}_{index:02d}.png"
+        image.save(path)
+        typer.echo(f"{path}  {prompt[number]}")
 
 
 @app.command()
@@ -144,9 +145,9 @@ def evaluate(
     ] = None,
 ) -> None:
     """Judge a pipeline and its teacher by the metrics of the eval: section; write results.json and report.html."""
+    from . import recipe as recipes
     from .config import override, read
     from .evaluation.judge import judge
-    from .recipe import locate
 
     is_run = (target / "config.yaml").is_file()
     if not is_run and not (target / "model_index.json").is_file():
@@ -159,17 +160,19 @@ def evaluate(
     tree = override(read(where), [f"eval.{text}" for text in overrides or []])
     student = True
     if is_run:
-        kept = read(target / "config.yaml")
-        student = kept["method"]["name"] != "pretrain"
-        teacher = teacher or (kept["model"]["path"] if student else None)
+        kept = recipes.decode(read(target / "config.yaml"), str(target / "config.yaml"))
+        student = kept.method.name != "pretrain"
+        teacher = teacher or (kept.model.path if student else None)
         folder = target / "pipeline"
     else:
         folder, student = target, teacher is not None or (target / "fastgen.json").is_file()
     out = out or target
-    rows = judge(folder, tree.get("eval", {}), str(where), locate(teacher) if teacher else None, student, out)
-    from .evaluation.report import print_table
+    located = recipes.locate(teacher) if teacher else None
+    rows = judge(folder, tree.get("eval", {}), str(where), located, student, out)
+    if is_main():
+        from .evaluation.report import print_table
 
-    print_table(rows)
+        print_table(rows)
     say(f"{out / 'report.html'}")
 
 
@@ -220,7 +223,8 @@ def export(
     checkpoints.read_state(chosen)
     session = build(recipe)
     checkpoints.load(chosen, session.engine, session.ema)
-    export_run(session, out or run / "pipeline")
+    if is_main():
+        export_run(session, out or run / "pipeline")
     say(f"{out or run / 'pipeline'} written from {chosen.name}")
 
 
@@ -275,32 +279,47 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Rows for a mach
 
 def say(text: str) -> None:
     """A line of result, from the main process only."""
+    if is_main():
+        typer.echo(text)
+
+
+def is_main() -> bool:
+    """Whether this is the main process; to be asked after ``accelerate.PartialState()`` has been made."""
     from . import parallel
 
-    if parallel.rank() == 0:
-        typer.echo(text)
+    return parallel.rank() == 0
 
 
 def main() -> None:
     """Run the command line: exit code 2 for bad input, 1 for what failed, no traceback unless --debug."""
-    from rich.console import Console
+    try:
+        app()
+    except KeyboardInterrupt:
+        fail("interrupted; the newest checkpoint is whole", 130)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        fail(*explained(error))
 
+
+def fail(text: str, code: int) -> NoReturn:
+    """One line on stderr, whatever the text's own lines, and out."""
+    typer.echo(f"fastgen: {' '.join(text.split())}", err=True)
+    sys.exit(code)
+
+
+def explained(error: Exception) -> tuple[str, int]:
+    """What to say of an error that ended a command, and the exit code."""
+    if isinstance(error, ValueError):
+        return str(error), 2
+    if isinstance(error, OSError):
+        return f"{error.filename or 'i/o'}: {error.strerror}" if error.strerror else str(error), 1
     from .engine import NonFiniteLoss
     from .export import ExportError
 
-    try:
-        app()
-    except (ValueError, OSError, NonFiniteLoss, ExportError) as error:
-        if "--debug" in sys.argv:
-            raise
-        text = " ".join(str(error).split())
-        if isinstance(error, OSError) and not isinstance(error, ValueError):
-            text = f"{error.filename or 'i/o'}: {error.strerror or error}; nothing already written was lost"
-        Console(stderr=True).print(f"fastgen: {text}", soft_wrap=True, highlight=False, markup=False)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("fastgen: interrupted; the newest checkpoint is whole", highlight=False)
-        sys.exit(130)
+    if isinstance(error, NonFiniteLoss | ExportError):
+        return str(error), 1
+    return f"{type(error).__name__}: {error}; `fastgen --debug ...` shows where", 1
 
 
 if __name__ == "__main__":

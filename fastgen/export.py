@@ -6,7 +6,11 @@ same latents and noise, what the trainer's own sampler gives.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +65,10 @@ def export(
 def _gate(
     folder: Path, family: Family, network: nn.Module, num_steps: int | None, prompts: list[str], tolerance: float
 ) -> float:
-    difference = _difference(folder, family, network, num_steps, prompts)
+    try:
+        difference = _difference(folder, family, network, num_steps, prompts)
+    except Exception as error:
+        raise ExportError(f"not exported: the saved pipeline does not run in plain Diffusers ({error})") from error
     if not difference <= tolerance:
         raise ExportError(
             f"not exported: the reloaded pipeline differs from the trainer's sampler by {difference:.2g} "
@@ -117,8 +124,15 @@ def _halve(folder: Path, dtype: torch.dtype) -> None:
         save_file(tensors, file, metadata)
 
 
-def check_pipeline(folder: Path) -> None:
-    """Raise ValueError, saying what is missing, unless ``folder`` is a whole Diffusers pipeline."""
+def check_pipeline(path: str | Path, wanted: str | None = None) -> None:
+    """Raise ValueError, saying what is missing or damaged, unless ``path`` is a whole Diffusers pipeline.
+
+    wanted: class that it must be of. What can only be a Hub id is left to Diffusers. No weight is loaded.
+    """
+    folder = Path(path)
+    may_be_hub_id = str(path).count("/") < 2 and not folder.is_absolute() and not str(path).startswith(".")
+    if may_be_hub_id and not folder.exists():
+        return
     index = folder / "model_index.json"
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such pipeline folder")
@@ -128,33 +142,66 @@ def check_pipeline(folder: Path) -> None:
         raise ValueError(f"{folder}: not a Diffusers pipeline (no model_index.json)") from None
     except ValueError:
         raise ValueError(f"{index}: not valid JSON; save the pipeline again") from None
+    if not isinstance(parts, dict):
+        raise ValueError(f"{index}: not the index of a pipeline; save the pipeline again")
+    found = parts.get("_class_name")
+    if wanted is not None and found != wanted:
+        raise ValueError(f"{folder}: is a {found}, this family takes a {wanted}; change model.family or model.path")
     for name, value in parts.items():
-        wanted = isinstance(value, list) and len(value) == 2 and value[0] is not None
-        if wanted and not (folder / name).is_dir():
+        is_component = isinstance(value, list) and len(value) == 2 and value[0] is not None
+        if is_component and not (folder / name).is_dir():
             raise ValueError(f"{folder}: the pipeline lacks its component {name!r}; save or download it again")
+    for file in sorted(folder.glob("*/*.safetensors")):
+        _check_weights(file)
+
+
+def _check_weights(file: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt"):  # reads the header, which says how long the file must be
+            pass
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file}: damaged weights ({error}); save or download the pipeline again") from None
+
+
+@contextmanager
+def opening(path: str | Path) -> Iterator[None]:
+    """Within it, whatever a library raises on a pipeline that it cannot open is a ValueError that names ``path``."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        where = "" if Path(path).exists() else "no such folder, and not on the Hub or not reachable: "
+        raise ValueError(f"{path}: cannot be opened as a pipeline ({where}{reason})") from error
 
 
 def load(path: str | Path, **kwargs: Any) -> Any:
     """The stock Diffusers pipeline of a folder or Hub id, calling itself as its student was trained.
 
     ``num_inference_steps`` and ``guidance_scale`` default to the student's own; all else, and every keyword of
-    ``from_pretrained``, is Diffusers'. Raises ValueError if the folder is not a pipeline.
+    ``from_pretrained``, is Diffusers'. Raises ValueError if the folder is not a whole pipeline.
     """
     from diffusers import DiffusionPipeline
 
-    folder = Path(path)
-    if folder.exists() and not (folder / "model_index.json").is_file():
-        raise ValueError(f"{path}: not a pipeline folder (no model_index.json); name the folder `pipeline` of a run")
-    pipeline = DiffusionPipeline.from_pretrained(path, **kwargs)
-    card = read_card(folder)
+    if (Path(path) / "pipeline" / "model_index.json").is_file():
+        raise ValueError(f"{path}: is a run folder; its pipeline is {Path(path) / 'pipeline'}")
+    check_pipeline(path)
+    with opening(path):
+        pipeline = DiffusionPipeline.from_pretrained(path, **kwargs)
+    card = read_card(Path(path))
     defaults = {k: card[k] for k in ("num_inference_steps", "guidance_scale") if k in card}
     if defaults:
         stock = type(pipeline)
 
-        def call(self: Any, *args: Any, **named: Any) -> Any:
-            return stock.__call__(self, *args, **(defaults | named))
+        signature = inspect.signature(stock.__call__)
 
-        call.__doc__ = stock.__call__.__doc__
+        @functools.wraps(stock.__call__)
+        def call(self: Any, *args: Any, **named: Any) -> Any:
+            by_position = signature.bind_partial(self, *args).arguments
+            missing = {name: value for name, value in defaults.items() if name not in by_position}
+            return stock.__call__(self, *args, **(missing | named))
+
         # a subclass of the same name, so that saving writes the stock class into model_index.json
         pipeline.__class__ = type(stock.__name__, (stock,), {"__call__": call, "__module__": stock.__module__})
     return pipeline

@@ -31,7 +31,7 @@ class JsonLines:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append a row."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in values.items()}}) + "\n")
+            file.write(json.dumps({"step": step, **{k: float(f"{v:.7g}") for k, v in values.items()}}) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from torch import Tensor
 
 from . import attention, checkpoint, export, parallel, registry, tracking
@@ -88,10 +89,10 @@ def build(recipe: Recipe, device: torch.device | None = None) -> Session:
     device = device or PartialState().device
     run, model = recipe.run, recipe.model
     autocast = None if run.precision == "fp32" else DTYPES[run.precision]
-    path = recipes.locate(model.path)
-    if Path(path).is_absolute() or path.startswith("."):
-        export.check_pipeline(Path(path))
-    family: Family = registry.find("family", model.family).load(path, device, autocast)
+    path, module = recipes.locate(model.path), registry.find("family", model.family)
+    export.check_pipeline(path, vars(module).get("PIPELINE"))
+    with export.opening(path):
+        family: Family = module.load(path, device, autocast)
     torch.manual_seed(run.seed)  # what a method initialises at random, before rank 0's weights go to all
     method: Method = registry.find("method", recipe.method.name).Method(
         recipe.method.options, family, recipe.student.steps
@@ -148,18 +149,47 @@ def train(recipe: Recipe, resume: str = "auto", quick: Quick | None = None) -> P
     with logging_to(run / "train.log"):
         steps_done = checkpoint.load(newest, session.engine, session.ema) if newest else 0
         if parallel.rank() == 0:
-            for leftover in run.glob(".*.partial-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            checkpoint.write_text(run / "config.yaml", yaml.safe_dump(tree, sort_keys=False))
+            clear(run)
+            with writing(run):
+                checkpoint.write_text(run / "config.yaml", yaml.safe_dump(tree, sort_keys=False))
         parallel.barrier()
         log.info("%s: %s on %s, attention %s", run, recipe.method.name, session.device, session.attention)
         if newest:
             log.info("resuming from %s", newest)
         _loop(session, run, steps_done, tree, quick)
         if parallel.rank() == 0:
-            export_run(session, run / "pipeline")
+            with writing(run / "pipeline"):
+                export_run(session, run / "pipeline")
         parallel.barrier()
     return run
+
+
+def clear(run: Path) -> None:
+    """Remove what a killed run left half-written; a folder that was just being replaced gets its name back."""
+    for leftover in [*run.glob(".*.partial-*"), *(run / "samples").glob(".*.png")]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+    for old in run.glob(".*.old-*"):
+        name = old.name[1:].rpartition(".old-")[0]
+        if (run / name).exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(run / name)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within it a failure to write, whichever library met it, is an OSError that says where and what would do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise OSError(
+            f"{path}: cannot be written ({reason}); what was written before is whole: make room, then give the "
+            "same command to go on from the newest checkpoint"
+        ) from error
 
 
 def _loop(session: Session, run: Path, steps_done: int, tree: dict[str, Any], quick: Quick | None) -> None:
@@ -178,7 +208,9 @@ def _loop(session: Session, run: Path, steps_done: int, tree: dict[str, Any], qu
             for name, value in logs.items():
                 recent.setdefault(name, []).append(value)
             values: dict[str, float] = {}
-            if done % settings.log_every == 0 or done == settings.steps:
+            checkpoint_due = done % settings.checkpoint_every == 0 or done == settings.steps
+            # also before a checkpoint, so that a resumed run averages over the same steps as an unbroken one
+            if done % settings.log_every == 0 or checkpoint_due:
                 values = {name: sum(v) / len(v) for name, v in recent.items()}
                 values["seconds_per_step"] = (time.monotonic() - began) / (done - first)
                 recent.clear()
@@ -186,15 +218,18 @@ def _loop(session: Session, run: Path, steps_done: int, tree: dict[str, Any], qu
                 with session.weights():
                     values |= quick(session)
             if values:
-                for tracker in trackers:
-                    tracker.log(done, values)
+                with writing(run / "metrics.jsonl"):
+                    for tracker in trackers:
+                        tracker.log(done, values)
                 log.debug("step %d %s", done, " ".join(f"{k} {v:.4g}" for k, v in values.items()))
             due = settings.sample_every and done % settings.sample_every == 0
             if (due or done == settings.steps) and parallel.rank() == 0:
-                with session.weights():
-                    write_grid(session.images(prompts, range(len(prompts))), run / "samples" / f"step_{done:06d}.png")
-            if done % settings.checkpoint_every == 0 or done == settings.steps:
-                checkpoint.save(run, done, engine, session.ema, settings.keep)
+                grid = run / "samples" / f"step_{done:06d}.png"
+                with session.weights(), writing(grid):
+                    write_grid(session.images(prompts, range(len(prompts))), grid)
+            if checkpoint_due:
+                with writing(run / f"checkpoint-{done}"):
+                    checkpoint.save(run, done, engine, session.ema, settings.keep)
             advance(logs)
 
 
@@ -309,9 +344,13 @@ def _short(logs: dict[str, float]) -> str:
 
 @contextlib.contextmanager
 def logging_to(path: Path) -> Iterator[None]:
-    """Within it, fastgen's log also goes to ``path`` (main process only)."""
+    """Within it, fastgen's log also goes to ``path``; the main process speaks for all."""
     if parallel.rank() != 0:
-        yield
+        log.disabled = True
+        try:
+            yield
+        finally:
+            log.disabled = False
         return
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -1,12 +1,14 @@
-"""A small real training run for test_kill.py: engine, averaging, checkpoints and metrics as in ``fastgen train``.
+"""A small real training run for test_kill.py: engine, averaging, checkpoints and metrics as in ``fastgen train``."""
 
-Usage: kill_child.py RUN STEPS. It goes on from the newest whole checkpoint and writes final.safetensors at the end.
-"""
+from __future__ import annotations
 
-import sys
+import os
+import signal
+import threading
 from pathlib import Path
 
 import torch
+import torch._dynamo  # or the first optimizer step of each process would import it, which takes longer than all the rest
 from safetensors.torch import save_file
 from torch import nn
 
@@ -41,25 +43,32 @@ class Nothing:
         return Batch(list(samples), {}, {})
 
 
-def main(run: Path, steps: int) -> None:
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(run: Path, steps: int, kill: tuple[int, float] | None = None) -> None:
+    """Go on from the newest whole checkpoint and write final.safetensors at the end.
+
+    kill: a SIGKILL so many steps after the start and so many seconds after that. It comes from a thread of this
+    process, so that on a loaded machine the run cannot get away from it.
+    """
+    torch.set_num_threads(1)
+    run.mkdir(parents=True, exist_ok=True)
     method = Regression()
     ema = {"student": EMA(method.networks["student"], 0.9)}
     optim = {role: Optim(lr=1e-2) for role in method.networks}
     engine = Engine(method, Nothing(), optim, batch_size=8, steps=steps, seed=3)
     found = checkpoint.all_checkpoints(run)
-    done = checkpoint.load(found[-1], engine, ema) if found else 0
-    tracker = tracking.JsonLines(run / "metrics.jsonl", done)
-    for step, logs in engine.run(range(done, steps)):
+    start = checkpoint.load(found[-1], engine, ema) if found else 0
+    tracker = tracking.JsonLines(run / "metrics.jsonl", start)
+    for step, logs in engine.run(range(start, steps)):
+        done = step + 1
+        if kill and done == start + kill[0]:
+            threading.Timer(kill[1], die).start()
         ema["student"].update()
-        tracker.log(step + 1, logs)
-        if (step + 1) % 3 == 0 or step + 1 == steps:
-            checkpoint.save(run, step + 1, engine, ema, keep=2)
-        print(step + 1, flush=True)
+        tracker.log(done, logs)
+        if done % 3 == 0 or done == steps:
+            checkpoint.save(run, done, engine, ema, keep=2)
     weights = {f"{role}.{n}": p.detach() for role, net in method.networks.items() for n, p in net.named_parameters()}
     save_file({**weights, **{f"ema.{n}": v for n, v in ema["student"].average.items()}}, run / "final.safetensors")
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    main(folder, int(sys.argv[2]))
