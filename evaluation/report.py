@@ -108,7 +108,7 @@ def insert(rows: Sequence[Row], document: Path, name: str) -> None:
 
 def _said(rows: Sequence[Row]) -> str:
     """One paragraph of protocol, for below a table."""
-    protocol = next((row["protocol"] for row in reversed(rows) if row.get("protocol")), {})
+    protocol: Row = next((row["protocol"] for row in reversed(rows) if row.get("protocol")), {})
     versions = protocol.get("versions", {})
     names = ", ".join(f"{k} {versions[k]}" for k in ("torch", "diffusers", "transformers") if k in versions)
     parts = [

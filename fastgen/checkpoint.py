@@ -111,7 +111,9 @@ def save(run: Path, steps_done: int, engine: Engine, ema: Mapping[str, EMA], kee
                 "files": {f.name: f.stat().st_size for f in sorted(folder.iterdir())},
             }
             (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        for old in all_checkpoints(run)[:-keep]:
+        # after resuming from an older checkpoint, the others may be later ones than the one just written
+        others = [p for p in all_checkpoints(run) if p != path]
+        for old in others[: max(0, len(others) + 1 - keep)]:
             shutil.rmtree(old)
     parallel.barrier()
     return path
@@ -157,7 +159,7 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
         files = state["files"].items()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged checkpoint ({error}); delete it to resume from an older one") from None
     for name, size in files:
         if not (path / name).is_file() or (path / name).stat().st_size != size:

@@ -111,13 +111,16 @@ def generate(
     import torch
     from accelerate import PartialState
 
-    from .export import load
+    from .export import load, read_card
     from .recipe import locate
     from .rng import seed_of
     from .train import DTYPES
 
-    state = PartialState()
-    pipe = load(locate(pipeline), dtype=DTYPES[dtype])
+    state, path = PartialState(), locate(pipeline)
+    own = read_card(Path(path)).get("num_inference_steps")
+    if steps and own and steps > own:
+        raise ValueError(f"{pipeline}: is a student of {own} step{'s' * (own > 1)}; leave out --steps {steps}")
+    pipe = load(path, dtype=DTYPES[dtype])
     pipe.set_progress_bar_config(disable=True)
     pipe.to(state.device)
     given: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
@@ -127,9 +130,9 @@ def generate(
     for number, index in wanted[state.process_index :: state.num_processes]:
         generator = torch.Generator().manual_seed(seed_of(seed, index))
         image = pipe(prompt[number], generator=generator, **call).images[0]
-        path = out / f"{number:04d}_{index:02d}.png"
-        image.save(path)
-        typer.echo(f"{path}  {prompt[number]}")
+        file = out / f"{number:04d}_{index:02d}.png"
+        image.save(file)
+        typer.echo(f"{file}  {prompt[number]}")
 
 
 @app.command()
@@ -193,8 +196,9 @@ def report(
     if picture is not None:
         reports.picture(run, picture)
         say(f"{picture}")
+    written = reports.write_report(run)
     reports.print_table(rows)
-    say(f"{reports.write_report(run)}")
+    say(f"{written}")
 
 
 @app.command()

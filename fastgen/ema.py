@@ -17,6 +17,8 @@ class EMA:
         self.decay = decay
         self.updates = 0
         self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ValueError("no parameter of this network learns; make its average before the engine freezes it")
         self.average = {name: p.detach().float().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()

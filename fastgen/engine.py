@@ -118,6 +118,10 @@ class Engine:
             batch = self.data.batch(samples)
             terms = phase.loss(batch, Noise(samples, self.seed, step, phase.name, self.device))
             loss = torch.stack([term.sum() for term in terms.values()]).sum() / count
+            if not loss.requires_grad:
+                raise ValueError(
+                    f"the loss of phase {phase.name!r} reaches no parameter of {phase.trains[0]!r}, which it trains"
+                )
             self.scalers[phase.name].scale(loss).backward()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach().sum() / count

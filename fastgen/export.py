@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,7 +69,9 @@ def _gate(
     try:
         difference = _difference(folder, family, network, num_steps, prompts)
     except Exception as error:
-        raise ExportError(f"not exported: the saved pipeline does not run in plain Diffusers ({error})") from error
+        raise ExportError(
+            f"not exported: the saved pipeline does not run in plain Diffusers ({_short(error)})"
+        ) from error
     if not difference <= tolerance:
         raise ExportError(
             f"not exported: the reloaded pipeline differs from the trainer's sampler by {difference:.2g} "
@@ -171,9 +174,13 @@ def opening(path: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
         where = "" if Path(path).exists() else "no such folder, and not on the Hub or not reachable: "
-        raise ValueError(f"{path}: cannot be opened as a pipeline ({where}{reason})") from error
+        raise ValueError(f"{path}: cannot be opened as a pipeline ({where}{_short(error)})") from error
+
+
+def _short(error: Exception) -> str:
+    """A library's message on one line."""
+    return textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
 
 
 def load(path: str | Path, **kwargs: Any) -> Any:

@@ -107,7 +107,7 @@ def choose(kind: str, word: str, tree: Any, where: str, key: str) -> Chosen:
         raise ConfigError(f"{where}: {key} must be a mapping with {word!r}, got {tree!r}")
     try:
         module = registry.find(kind, tree[word])
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise ConfigError(f"{where}: {key}.{word}: {error}") from None
     rest = {k: v for k, v in tree.items() if k != word}
     return Chosen(tree[word], config.decode(module.Config, rest, where, key))

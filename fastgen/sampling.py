@@ -60,5 +60,6 @@ def ddim_times(schedule: Schedule, num_steps: int) -> list[float]:
     On a table of T entries these are T - 1, T - 1 - T/n, ... (Lin et al. 2023, arXiv 2305.08891).
     """
     span = schedule.t_max - schedule.t_min
-    total = span + 1 if span > 1 else span
-    return [schedule.t_max - i * total / num_steps for i in range(num_steps)]
+    if span <= 1:
+        return [schedule.t_max - i * span / num_steps for i in range(num_steps)]
+    return [schedule.t_min + round((span + 1) * (1 - i / num_steps)) - 1.0 for i in range(num_steps)]

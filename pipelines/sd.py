@@ -45,6 +45,11 @@ def load(path: str | Path, device: torch.device | str = "cpu", autocast: torch.d
 def wrap(pipeline: StableDiffusionPipeline, autocast: torch.dtype | None = None) -> Family:
     """The family of a pipeline that is already in memory. Raises ValueError if its scheduler is not understood."""
     config = pipeline.scheduler.config
+    if not hasattr(pipeline.scheduler, "alphas_cumprod"):
+        name = type(pipeline.scheduler).__name__
+        raise ValueError(
+            f"scheduler {name} has no table of alphas_cumprod; this family needs one, such as DDIMScheduler"
+        )
     kind = _KINDS.get(config.get("prediction_type", "epsilon"))
     if kind is None:
         raise ValueError(f"prediction_type {config['prediction_type']!r} is not one of {', '.join(_KINDS)}")
@@ -100,15 +105,18 @@ def wrap(pipeline: StableDiffusionPipeline, autocast: torch.dtype | None = None)
 
 
 def student(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A trainable copy with a zero, frozen guidance embedding, unless the teacher has one already."""
+    """A trainable copy with a zero, frozen guidance embedding, also where the teacher's is not zero."""
     if unet.config.time_cond_proj_dim is not None:
-        return copy.deepcopy(unet).requires_grad_(True)
-    # an override: what the teacher's config left at its default, from_config would take for unset
-    made = UNet2DConditionModel.from_config(unet.config, time_cond_proj_dim=GUIDANCE_EMBEDDING)
-    result: UNet2DConditionModel = made.to(unet.device, unet.dtype)
-    missing, unexpected = result.load_state_dict(unet.state_dict(), strict=False)
-    if missing != ["time_embedding.cond_proj.weight"] or unexpected:
-        raise ValueError(f"the student's U-Net does not match the teacher's: missing {missing}, extra {unexpected}")
+        result = copy.deepcopy(unet)
+    else:
+        # an override: what the teacher's config left at its default, from_config would take for unset
+        made = UNet2DConditionModel.from_config(unet.config, time_cond_proj_dim=GUIDANCE_EMBEDDING)
+        result = made.to(unet.device, unet.dtype)
+        missing, unexpected = result.load_state_dict(unet.state_dict(), strict=False)
+        if missing != ["time_embedding.cond_proj.weight"] or unexpected:
+            raise ValueError(
+                f"the student's U-Net does not match the teacher's: missing {missing}, extra {unexpected}"
+            )
     result.requires_grad_(True)
     projection = result.time_embedding.cond_proj
     nn.init.zeros_(projection.weight)

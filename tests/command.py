@@ -26,8 +26,8 @@ method: {{name: dmd2, guidance_scale: 2.0, student_every: 2}}
 student: {{steps: 1}}
 data: {{source: prompts, path: {prompts}}}
 optim:
-  student: {{lr: 1.0e-3}}
-  fake_score: {{lr: 1.0e-3}}
+  student: {{lr: 1.0e-3, eps: 1.0e-4}}
+  fake_score: {{lr: 1.0e-3, eps: 1.0e-4}}
 run: {{out: {out}, steps: 4, batch_size: 2, log_every: 1, sample_every: 2, checkpoint_every: 2, keep: 3, ema: 0.9}}
 """
 
@@ -55,9 +55,11 @@ def as_it_was():
 
 def fastgen(*arguments: object) -> Result:
     """What ``fastgen ARGUMENTS`` does. With --debug what it raises comes out."""
-    from diffusers.utils import logging as diffusers_logging
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
 
-    diffusers_logging.disable_progress_bar()  # the command line does so by a variable that is read at import
+    for library in (of_diffusers, of_transformers):
+        library.disable_progress_bar()  # the command line does so by a variable that is read at import
     out, err = io.StringIO(), io.StringIO()
     code: object = 0
     with (

@@ -75,6 +75,8 @@ class Method:
         critic = ["fake_score"]
         if config.gan_weight > 0:
             known = {block.name: block for block in family.blocks}
+            if not known:
+                raise ValueError("gan_weight needs blocks to read, and this family names none; set gan_weight 0")
             for name in config.gan_blocks:
                 if name not in known:
                     raise ValueError(f"gan_blocks: no block {name!r}; this family has {', '.join(known)}")

@@ -13,7 +13,7 @@ from ..family import Family
 from ..method import Batch
 from . import Source
 
-_CACHED_PROMPTS = 100_000
+_CACHED_PROMPTS = 4096  # of SD 1.5 these are 1 GiB of embeddings
 
 
 class Batches:
@@ -26,22 +26,24 @@ class Batches:
         self._source, self._family, self._images, self._cache = source, family, images, cache
         self._conds: dict[str, Cond] = {}
         self._latents: dict[int, Tensor] = {}
+        self._prompts: dict[int, str] = {}
         self._uncond = family.uncond()
 
     def batch(self, samples: Sequence[int]) -> Batch:
         """samples: global indices, [B]."""
         known = [s % len(self._source) if self._cache else s for s in samples]
-        missing = [s for s in known if s not in self._latents] if self._images else []
-        items = {s: self._source.item(s) for s in known}
-        x0 = None
+        items = {s: self._source.item(s) for s in dict.fromkeys(known) if s not in self._prompts}
+        self._prompts |= {s: item.prompt for s, item in items.items()}
+        prompts, x0 = [self._prompts[s] for s in known], None
         if self._images:
-            if missing:
-                fresh = self._family.encode(pixels([items[s].image for s in missing]))
-                self._latents |= dict(zip(missing, fresh, strict=True))
+            if items:
+                fresh = self._family.encode(pixels([item.image for item in items.values()]))
+                self._latents |= dict(zip(items, fresh, strict=True))
             x0 = torch.stack([self._latents[s] for s in known])
-            if not self._cache:
-                self._latents.clear()
-        return Batch(list(samples), self._cond([items[s].prompt for s in known]), self._uncond, x0)
+        if not self._cache:
+            self._latents.clear()
+            self._prompts.clear()
+        return Batch(list(samples), self._cond(prompts), self._uncond, x0)
 
     def _cond(self, prompts: Sequence[str]) -> Cond:
         new = sorted({p for p in prompts if p not in self._conds})

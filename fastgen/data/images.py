@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from fastgen.config import option
 from fastgen.data import Item, Source
@@ -71,7 +71,7 @@ def load_image(file: Path, size: tuple[int, int]) -> np.ndarray:
     try:
         with Image.open(file) as opened:
             image = opened.convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file}: not a readable image ({error}); remove or replace it") from None
     scale = max(width / image.width, height / image.height)
     resized = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))

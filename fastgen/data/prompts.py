@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,12 @@ class Prompts:
 def shuffled(index: int, n: int, seed: int) -> int:
     """Where ``index`` falls when n items are gone through again and again, each time in a new order."""
     turn, place = divmod(index, n)
-    return int(np.random.default_rng([seed, turn]).permutation(n)[place])
+    return int(_order(seed, turn, n)[place])
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, turn: int, n: int) -> np.ndarray:
+    return np.random.default_rng([seed, turn]).permutation(n)
 
 
 def read(path: Path) -> list[str]:
@@ -65,9 +71,12 @@ def read(path: Path) -> list[str]:
             prompts.append(line.strip())
             continue
         try:
-            prompts.append(str(json.loads(line)["prompt"]))
+            prompt = json.loads(line)["prompt"]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}: line {number} is not a JSON object with the key 'prompt'") from None
+            prompt = None
+        if not isinstance(prompt, str):
+            raise ValueError(f"{path}: line {number} is not a JSON object with the key 'prompt'")
+        prompts.append(prompt)
     if not prompts:
         raise ValueError(f"{path}: holds no prompt; write one a line")
     return prompts

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import torch
-import torch._dynamo  # or the first optimizer step of each process would import it, which takes longer than all the rest
+import torch._dynamo  # else imported by the first optimizer step of each process, which takes longer than all else
 from safetensors.torch import save_file
 from torch import nn
 
@@ -54,6 +54,7 @@ def main(run: Path, steps: int, kill: tuple[int, float] | None = None) -> None:
     process, so that on a loaded machine the run cannot get away from it.
     """
     torch.set_num_threads(1)
+    os.fsync = lambda handle: None  # what a process has written outlives it without; a disk takes 10 ms each time
     run.mkdir(parents=True, exist_ok=True)
     method = Regression()
     ema = {"student": EMA(method.networks["student"], 0.9)}

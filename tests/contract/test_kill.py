@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from fastgen import checkpoint, tracking
 from tests.contract import kill_child
 
-STEPS, KILLS = 150, 12
+STEPS, KILLS = 120, 10
 
 
 @pytest.fixture(scope="module")

@@ -335,6 +335,17 @@ def test_more_steps_than_trained_are_an_error(num_steps: int) -> None:
         pipeline("a red apple")  # Diffusers' default of 50
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
+def test_the_shipped_scheduler_returns_x0_itself(num_steps: int) -> None:
+    """LCM mixes the noised sample in again by c_skip, which must vanish in float32 at every trained time."""
+    family = sd.wrap(tiny.pipeline())
+    scheduler = family.pipeline(family.student(), num_steps).scheduler
+    for t in family.student_times(num_steps):
+        c_skip, c_out = scheduler.get_scalings_for_boundary_condition_discrete(int(t))
+        assert float(c_skip) < 2**-24
+        assert float(np.float32(c_out)) == 1
+
+
 def test_fewer_steps_than_trained_use_times_that_were_trained() -> None:
     family = sd.wrap(tiny.pipeline())
     scheduler = family.pipeline(family.student(), 4).scheduler

@@ -378,8 +378,7 @@ def test_a_fake_score_that_blows_up_stops_the_student() -> None:
     method = conv_method(guidance_scale=1.0)
     with torch.no_grad():
         next(method.fake_score.network.parameters()).fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="distribution-matching gradient is not finite"):
-        method.student_loss(CONV.batch(range(4)), noise())
+    assert method.student_loss(CONV.batch(range(4)), noise())["dmd"].isnan().all()  # on which the engine stops
 
 
 def test_the_roles_share_schedule_kind_and_call_but_no_weight() -> None:

@@ -29,7 +29,7 @@ def test_average_follows_its_recurrence_with_a_decay_that_warms_up() -> None:
         ema.update()
         decay = min(0.5, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * net.weight.detach()
-    torch.testing.assert_close(ema.average["weight"], expected)
+        torch.testing.assert_close(ema.average["weight"], expected)
     assert ema.updates == 19
 
 

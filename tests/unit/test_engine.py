@@ -215,14 +215,6 @@ def test_a_gradient_that_is_not_finite_stops_the_run_too() -> None:
     assert same(before["a"], states(method)["a"])
 
 
-def test_a_loss_that_raises_for_itself_is_given_step_and_phase() -> None:
-    def loss(network: nn.Module, batch: Batch, rng: Noise) -> Tensor:
-        raise FloatingPointError("the gradient is not finite")
-
-    with pytest.raises(NonFiniteLoss, match="step 2, phase 'only': the gradient is not finite"):
-        train(engine(one_phase(loss)), [2])
-
-
 def optimizer_state(engine: Engine, role: str) -> dict[str, Tensor]:
     state = engine.optimizers[role].state
     return {f"{n}.{key}": v.clone() for n, p in engine.parameters[role].items() for key, v in state[p].items()}

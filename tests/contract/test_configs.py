@@ -1,0 +1,86 @@
+"""Every YAML that ships decodes, and every training run in it builds on tiny networks and takes a step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastgen import config, recipe
+from fastgen.emoji import world
+from fastgen.evaluation import judge
+from fastgen.train import build
+from tests import command
+
+ROOT = Path(__file__).parents[2] / "configs"
+ALL = {p.relative_to(ROOT).as_posix(): p for p in sorted(ROOT.rglob("*.yaml"))}
+
+
+def kind(tree: dict[str, Any]) -> str:
+    """A recipe, a training of the emoji world's own networks, or part of a recipe that other files build on."""
+    if "model" in tree:
+        return "recipe"
+    return "world" if "pool" in tree or "optim" in tree else "part"
+
+
+RECIPES = [name for name, path in ALL.items() if kind(config.read(path)) == "recipe"]
+
+
+def test_there_are_configs() -> None:
+    assert {"emoji/clip.yaml", "emoji/vae.yaml", "emoji/eval.yaml"} <= set(ALL)
+    assert {"emoji/teacher.yaml", "emoji/dmd2.yaml", "emoji/demo.yaml"} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_it_says_in_its_first_line_what_it_is(name: str) -> None:
+    assert ALL[name].read_text(encoding="utf-8").startswith("# ")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_it_decodes(name: str) -> None:
+    tree = config.read(ALL[name])
+    if kind(tree) == "recipe":
+        decoded = recipe.decode(tree, name)
+        assert recipe.decode(recipe.encode(decoded), name) == decoded
+    if kind(tree) == "world":
+        assert config.decode(world.Recipe, tree, name).steps > 0
+    if "eval" in tree:
+        found = judge.settings(tree["eval"], name)
+        recipe.choose("source", "source", found.reference, name, "eval.reference")
+    elif kind(tree) == "part":
+        assert set(tree) <= {"model", "method", "student", "data", "optim", "run"}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_ships_with_the_package_is_there(name: str) -> None:
+    tree = config.read(ALL[name])
+    paths = [tree.get("model", {}).get("path", ""), tree.get("eval", {}).get("clip") or ""]
+    for path in paths:
+        if path.startswith(recipe.ASSETS):
+            assert Path(recipe.locate(path)).is_dir(), f"{path} is missing"
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline of 32 x 32 pixels, since the emoji world's are."""
+    return command.teacher(tmp_path_factory.mktemp("teacher") / "teacher", sample_size=16)
+
+
+@pytest.mark.filterwarnings("ignore:a prompt of")  # the tiny tokenizer knows few words, so captions get long
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_builds_and_each_phase_takes_a_step(name: str, teacher: Path) -> None:
+    decoded = recipe.decode(config.read(ALL[name]), name)
+    small = replace(
+        decoded,
+        model=replace(decoded.model, path=str(teacher), compile=False),
+        run=replace(decoded.run, batch_size=2, accumulate=1),
+    )
+    session = build(small)
+    assert session.family.image_size == (32, 32)
+    logs = {name: value for phase in session.method.phases for name, value in session.engine.turn(phase, 0).items()}
+    assert {name.split("/")[0] for name in logs} == {phase.name for phase in session.method.phases}
+    assert all(math.isfinite(value) for value in logs.values())
+    assert bool(session.ema) == (decoded.run.ema > 0)

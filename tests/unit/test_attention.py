@@ -1,0 +1,145 @@
+"""Attention kernels: every choice computes the same, and what does not work here is said in one line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import Tensor, nn
+
+from fastgen import attention
+from fastgen.attention import set_attention
+from tests import tiny
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def unet() -> nn.Module:
+    torch.manual_seed(0)
+    return tiny.unet().eval()
+
+
+def output(network: nn.Module) -> Tensor:
+    g = torch.Generator().manual_seed(1)
+    x_t, text = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 16, 16, generator=g)
+    with torch.no_grad():
+        return network(x_t, torch.tensor([5.0, 900.0]), encoder_hidden_states=text, return_dict=False)[0]
+
+
+def kinds(network: nn.Module) -> set[type]:
+    return {type(p) for p in network.attn_processors.values()}  # type: ignore[operator, union-attr]
+
+
+@pytest.mark.parametrize("choice", ["auto", "eager", "sdpa"])
+def test_every_choice_computes_the_same(choice: str) -> None:
+    """Outputs and gradients."""
+    reference, network = unet(), unet()
+    used = set_attention([network], choice, CPU)
+    assert used == {"auto": "eager"}.get(choice, choice)
+    assert (output(network) - output(reference)).abs().max() < 1e-5
+    grads = []
+    for one in (reference, network):
+        text = torch.ones(1, 16, 16, requires_grad=True)
+        out = one(torch.ones(1, 4, 8, 8), torch.tensor([500.0]), encoder_hidden_states=text, return_dict=False)[0]
+        grads.append(torch.autograd.grad(out.square().sum(), text)[0])
+    assert (grads[0] - grads[1]).abs().max() < 1e-5 * grads[0].abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize(("choice", "kind"), [("eager", AttnProcessor), ("sdpa", AttnProcessor2_0)])
+def test_a_choice_holds_whatever_was_chosen_before(choice: str, kind: type) -> None:
+    networks = [unet(), unet()]
+    for before in ("eager", "sdpa", "auto"):
+        set_attention(networks, before, CPU)
+        assert set_attention(networks, choice, CPU) == choice
+        assert [kinds(network) for network in networks] == [{kind}, {kind}]
+
+
+def flux() -> nn.Module:
+    """A network whose attention goes through Diffusers' dispatcher."""
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        axes_dims_rope=(2, 2, 4),
+    ).eval()
+
+
+def test_a_network_that_goes_through_the_dispatcher_is_switched_there() -> None:
+    def result(network: nn.Module) -> Tensor:
+        g = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            return network(
+                hidden_states=torch.randn(1, 4, 4, generator=g),
+                encoder_hidden_states=torch.randn(1, 3, 8, generator=g),
+                pooled_projections=torch.randn(1, 8, generator=g),
+                timestep=torch.tensor([0.5]),
+                img_ids=torch.zeros(4, 3),
+                txt_ids=torch.zeros(3, 3),
+                return_dict=False,
+            )[0]
+
+    expected = result(flux())
+    for choice, backend in (("auto", "_native_math"), ("eager", "_native_math"), ("sdpa", "native")):
+        network = flux()
+        assert set_attention([network], choice, CPU) == {"auto": "eager"}.get(choice, choice)
+        backends = {p._attention_backend.value for p in network.attn_processors.values()}  # type: ignore[operator, union-attr]
+        assert backends == {backend}
+        assert (result(network) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("choice", ["xformers", "flash"])
+def test_a_kernel_that_does_not_work_here_is_one_line(choice: str) -> None:
+    network = unet()
+    before = kinds(network)
+    with pytest.raises(
+        ValueError, match=rf"^attention '{choice}' does not work here \(.+\); use auto or sdpa$"
+    ) as error:
+        set_attention([network], choice, CPU)
+    assert "\n" not in str(error.value)
+    assert "it needs a CUDA device, this is cpu" in str(error.value)
+    assert kinds(network) == before
+
+
+def test_flash_is_told_to_be_missing_from_the_older_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_probe", lambda name, device: None)
+    with pytest.raises(
+        ValueError, match=r"'flash' does not work here \(UNet2DConditionModel uses Diffusers' older atten"
+    ):
+        set_attention([unet()], "flash", CUDA)
+
+
+@pytest.mark.parametrize("error", [ImportError("no xformers"), RuntimeError("no kernel image\nat line 3")])
+def test_auto_on_a_gpu_falls_back_to_pytorch_s_kernels_and_says_so(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def probe(name: str, device: torch.device) -> None:
+        raise error
+
+    monkeypatch.setattr(attention, "_probe", probe)
+    network = unet()
+    assert set_attention([network], "auto", CUDA) == "sdpa"
+    assert kinds(network) == {AttnProcessor2_0}
+    with pytest.raises(ValueError, match=r"'xformers' does not work here \(no"):
+        set_attention([network], "xformers", CUDA)
+
+
+def test_auto_on_a_gpu_takes_xformers_where_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_probe", lambda name, device: None)
+    network = unet()
+    switched = []
+    network.enable_xformers_memory_efficient_attention = lambda: switched.append(True)  # type: ignore[assignment]
+    assert set_attention([network], "auto", CUDA) == "xformers"
+    assert switched == [True]
+
+
+def test_no_network_needs_no_kernel() -> None:
+    """A method of this project whose networks are not Diffusers'."""
+    assert set_attention([], "auto", CPU) == "eager"
+    assert set_attention([], "sdpa", CPU) == "sdpa"

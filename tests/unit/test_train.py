@@ -1,0 +1,405 @@
+"""The loop around the engine on toy networks: what it writes, when, and that going on changes nothing."""
+
+from __future__ import annotations
+
+import io
+import logging
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from fastgen import checkpoint, parallel, recipe, tracking, train
+from fastgen.checkpoint import CheckpointError
+from fastgen.data import Item
+from fastgen.ema import EMA
+from fastgen.engine import Engine, Optim
+from fastgen.train import Session, write_grid
+from fastgen.trainers import dmd2
+from tests.oracle import CAPTIONS, Samples, conv_family, optims, same, states
+
+
+class Words:
+    """A source of the toy's captions."""
+
+    has_images = False
+    candidates = CAPTIONS[1:]
+
+    def concept(self, prompt: str) -> str:
+        return prompt
+
+    def __len__(self) -> int:
+        return 2
+
+    def item(self, index: int) -> Item:
+        return Item(CAPTIONS[1 + index % 2])
+
+
+def settings(folder: Path, **run: Any) -> recipe.Recipe:
+    run = {"steps": 8, "batch_size": 2, "log_every": 3, "checkpoint_every": 2, "keep": 9, "ema": 0.9} | run
+    tree = {
+        "model": {"family": "sd", "path": "toy"},
+        "method": {"name": "dmd2", "student_every": 2, "guidance_scale": 2.0},
+        "data": {"source": "prompts", "path": "none"},
+        "optim": {"student": {"lr": 1e-3}, "fake_score": {"lr": 1e-3}},
+        "run": {"out": str(folder), **run},
+    }
+    return recipe.decode(tree, "toy")
+
+
+def build(chosen: recipe.Recipe, device: torch.device | None = None) -> Session:
+    """A session of toy networks in the place of ``train.build``."""
+    family, run = conv_family(), chosen.run
+    method = dmd2.Method(chosen.method.options, family, chosen.student.steps)
+    data = Samples((2, 8, 8), images=False)
+    ema = {"student": EMA(method.networks["student"], run.ema)} if run.ema else {}
+    engine = Engine(method, data, chosen.optim, batch_size=run.batch_size, steps=run.steps, seed=run.seed)
+    return Session(chosen, torch.device("cpu"), family, method, Words(), data, engine, ema, "eager")  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def export_run(session: Session, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+
+    monkeypatch.setattr(train, "build", build)
+    monkeypatch.setattr(train, "export_run", export_run)
+    log = logging.getLogger("fastgen")
+    kept = log.level
+    log.setLevel(logging.DEBUG)
+    yield
+    log.setLevel(kept)
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """Of metrics.jsonl, without the time it took."""
+    return [{k: v for k, v in row.items() if k != "seconds_per_step"} for row in tracking.read(run / "metrics.jsonl")]
+
+
+def interrupted(chosen: recipe.Recipe, steps: int) -> None:
+    """Train and stop without a word after so many steps, as a kill does."""
+
+    class Stop(BaseException):
+        pass
+
+    def stop(*_: Any) -> Any:
+        def advance(_: Any) -> None:
+            nonlocal steps
+            steps -= 1
+            if not steps:
+                raise Stop
+
+        return advance
+
+    import contextlib
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "progress", lambda *_: contextlib.nullcontext(stop()))
+        with pytest.raises(Stop):
+            train.train(chosen)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("unbroken") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "build", build)
+        patch.setattr(train, "export_run", lambda session, folder: None)
+        train.train(settings(run))
+    return run
+
+
+@pytest.mark.parametrize("cuts", [(1,), (2,), (3,), (5,), (7,), (3, 2), (1, 3, 3)])
+def test_rows_and_weights_after_going_on_are_those_of_an_unbroken_run(
+    unbroken: Path, tmp_path: Path, cuts: Sequence[int]
+) -> None:
+    """Also where a row's steps lie on both sides of the checkpoint."""
+    chosen = settings(tmp_path / "run")
+    for steps in cuts:
+        interrupted(chosen, steps)
+    train.train(chosen)
+    assert rows(tmp_path / "run") == rows(unbroken)
+    for file in (unbroken / "checkpoint-8").glob("*.safetensors"):
+        assert same(load_file(file), load_file(tmp_path / "run" / "checkpoint-8" / file.name))
+
+
+def test_rows_are_means_over_the_steps_since_the_last_one(unbroken: Path, tmp_path: Path) -> None:
+    assert [row["step"] for row in rows(unbroken)] == [2, 3, 4, 6, 8]
+    train.train(settings(tmp_path, log_every=1, checkpoint_every=100))
+    single = rows(tmp_path)
+    assert [row["step"] for row in single] == list(range(1, 9))
+    assert set(single[0]) == {
+        "step",
+        "critic/denoising",
+        "critic/fake_score.grad_norm",
+        "student/dmd",
+        "student/student.grad_norm",
+    }
+    assert "student/dmd" not in single[1]  # the student learns every other step
+    mean = (single[4]["critic/denoising"] + single[5]["critic/denoising"]) / 2
+    assert rows(unbroken)[3]["critic/denoising"] == pytest.approx(mean, rel=1e-5)
+    assert rows(unbroken)[3]["student/dmd"] == pytest.approx(single[4]["student/dmd"], rel=1e-5)
+
+
+def test_checkpoints_grids_and_config_are_where_they_should_be(tmp_path: Path) -> None:
+    chosen = settings(tmp_path, steps=7, checkpoint_every=3, keep=2, sample_every=2)
+    assert train.train(chosen) == tmp_path
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoint-6",
+        "checkpoint-7",
+        "config.yaml",
+        "metrics.jsonl",
+        "pipeline",
+        "samples",
+        "train.log",
+    ]
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [f"step_{n:06d}.png" for n in (2, 4, 6, 7)]
+    tree = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert recipe.decode(tree, "config.yaml") == chosen
+    log = (tmp_path / "train.log").read_text()
+    assert "dmd2 on cpu, attention eager" in log
+    assert "DEBUG step 3 critic/denoising" in log
+
+
+def test_a_finished_run_is_only_exported_again(unbroken: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    train.train(replace(settings(run)))
+    assert rows(run) == rows(unbroken)
+    assert (run / "pipeline").is_dir()
+
+
+def test_never_refuses_a_folder_with_checkpoints(unbroken: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    with pytest.raises(CheckpointError, match=r"run: holds checkpoint-8 of an earlier run; use another run.out or"):
+        train.train(settings(run), "never")
+    train.train(settings(tmp_path / "new", steps=1), "never")
+    assert (tmp_path / "new" / "checkpoint-1").is_dir()
+
+
+def test_a_checkpoint_may_be_named(unbroken: Path, tmp_path: Path) -> None:
+    """Of this run or of another; later rows are dropped and made anew."""
+    run = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    train.train(settings(run), str(run / "checkpoint-4"))
+    assert rows(run) == rows(unbroken)
+    train.train(settings(tmp_path / "other"), str(unbroken / "checkpoint-6"))
+    for name in ("student", "student.ema", "fake_score"):
+        one, two = (load_file(r / "checkpoint-8" / f"{name}.safetensors") for r in (unbroken, tmp_path / "other"))
+        assert same(one, two)
+    with pytest.raises(CheckpointError, match="nothing: no such checkpoint; leave out --resume"):
+        train.train(settings(run), str(tmp_path / "nothing"))
+
+
+def test_leftovers_of_a_kill_go_and_a_folder_that_was_being_replaced_comes_back(tmp_path: Path) -> None:
+    for name in (".checkpoint-4.partial-77", ".pipeline.old-77", ".checkpoint-2.old-77", "checkpoint-2", "samples"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".pipeline.old-77" / "model_index.json").write_text("{}")
+    for name in (".config.yaml.partial-77", "samples/.step_000002.png", "samples/step_000001.png", "notes.txt"):
+        (tmp_path / name).write_text("")
+    train.clear(tmp_path)
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")) == [
+        "checkpoint-2",
+        "notes.txt",
+        "pipeline",
+        "pipeline/model_index.json",
+        "samples",
+        "samples/step_000001.png",
+    ]
+
+
+# Quick evaluations
+
+
+def test_a_quick_evaluation_sees_the_averaged_weights_every_so_many_steps(tmp_path: Path) -> None:
+    chosen = replace(settings(tmp_path, steps=5, log_every=10, checkpoint_every=10), eval={"every": 2})
+    seen = []
+
+    def quick(session: Session) -> dict[str, float]:
+        network, average = session.method.networks["student"], session.ema["student"].average
+        seen.append(same(dict(network.named_parameters()), average))
+        return {"fid": 10.0 - len(seen)}
+
+    train.train(chosen, quick=quick)
+    assert seen == [True, True, True]
+    assert [(row["step"], row["fid"]) for row in rows(tmp_path)] == [(2, 9.0), (4, 8.0), (5, 7.0)]
+    assert "critic/denoising" not in rows(tmp_path)[0]
+
+
+def test_evaluation_and_grids_do_not_disturb_the_training(unbroken: Path, tmp_path: Path) -> None:
+    chosen = replace(settings(tmp_path, sample_every=1), eval={"every": 1})
+
+    def quick(session: Session) -> dict[str, float]:
+        session.images(["left"], [0])
+        torch.rand(3)
+        return {}
+
+    train.train(chosen, quick=quick)
+    file = "checkpoint-8/student.safetensors"
+    assert same(load_file(unbroken / file), load_file(tmp_path / file))
+
+
+# Pictures
+
+
+def test_images_belong_to_their_number_and_the_network_learns_on_afterwards(tmp_path: Path) -> None:
+    session = build(settings(tmp_path))
+    network = session.method.networks["student"].train()
+    whole = session.images(["left", "right", "left"], [0, 1, 2])
+    assert network.training
+    assert whole.shape == (3, 3, 8, 8)
+    assert whole.dtype == torch.uint8
+    assert torch.equal(session.images(["right"], [1]), whole[1:2])
+
+
+def test_a_teacher_s_images_are_guided_samples_of_many_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = build(settings(tmp_path, sample_guidance=3.0))
+    asked = []
+    monkeypatch.setattr(train, "guided", lambda d, uncond, scale: asked.append(scale) or d)
+    monkeypatch.setattr(session.method, "num_steps", None)
+    monkeypatch.setattr(train, "TEACHER_STEPS", 3)
+    session.images(["left"], [0])
+    assert asked == [3.0]
+
+
+def test_without_averages_the_weights_are_the_network_s_own(tmp_path: Path) -> None:
+    session = build(settings(tmp_path, ema=0.0))
+    before = states(session.method)["student"]
+    with session.weights():
+        assert same(before, states(session.method)["student"])
+
+
+def test_the_grid_s_prompts_are_the_recipe_s_or_the_data_s_first(tmp_path: Path) -> None:
+    assert train.sample_prompts(build(settings(tmp_path))) == ["left", "right"] * 8
+    chosen = settings(tmp_path, sample_prompts=["left", "left", "right"])
+    assert train.sample_prompts(build(chosen)) == (["left", "left", "right"] * 6)[: train.GRID]
+
+
+def cells(count: int, height: int = 4, width: int = 6) -> torch.Tensor:
+    return torch.arange(1, count + 1, dtype=torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 3, height, width)
+
+
+@pytest.mark.parametrize(("count", "columns", "lines"), [(1, 1, 1), (2, 2, 1), (4, 2, 2), (5, 3, 2), (16, 4, 4)])
+def test_a_grid_is_near_square_row_by_row_and_white_where_empty(
+    tmp_path: Path, count: int, columns: int, lines: int
+) -> None:
+    write_grid(cells(count), tmp_path / "deep" / "grid.png", scale=2)
+    with Image.open(tmp_path / "deep" / "grid.png") as picture:
+        assert picture.size == (columns * 6 * 2, lines * 4 * 2)
+        for i in range(columns * lines):
+            x, y = (i % columns) * 12, (i // columns) * 8
+            expected = (i + 1,) * 3 if i < count else (255,) * 3
+            assert picture.getpixel((x, y)) == picture.getpixel((x + 11, y + 7)) == expected
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["grid.png"]
+
+
+def test_large_pictures_are_not_enlarged(tmp_path: Path) -> None:
+    write_grid(cells(2, 128, 128), tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.size == (256, 128)
+
+
+# The progress shown
+
+
+def test_a_terminal_gets_a_bar_with_rate_time_left_and_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    with train.progress(4, 1) as advance:
+        for _ in range(3):
+            advance({"critic/denoising": 0.1234, "critic/fake_score.grad_norm": 5.0})
+    shown = terminal.getvalue()
+    assert "4/4" in shown
+    assert "steps/s" in shown
+    assert "critic/denoising 0.123" in shown
+    assert "grad_norm" not in shown
+
+
+def test_elsewhere_a_line_says_the_same(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10000, 25))
+    monkeypatch.setattr(train.time, "monotonic", lambda: float(next(clock)))
+    with caplog.at_level(logging.INFO, "fastgen"), train.progress(6, 2) as advance:
+        for _ in range(4):
+            advance({"student/dmd": 0.5})
+    assert [r.getMessage().split(" steps/s")[0] for r in caplog.records] == ["step 5/6 0.03", "step 6/6 0.03"]
+    assert caplog.records[-1].getMessage().endswith("0 s left student/dmd 0.5")
+
+
+# Several processes
+
+
+def test_only_the_main_process_speaks_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    with caplog.at_level(logging.DEBUG, "fastgen"):
+        train.train(
+            replace(settings(tmp_path, steps=2, sample_every=1), eval={"every": 1}), quick=lambda _: {"fid": 0.0}
+        )
+    assert caplog.records == []
+    assert list(tmp_path.iterdir()) == []
+    assert not logging.getLogger("fastgen").disabled
+
+
+# A full disk
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device", "x"),
+        OSError("encoder error -2 when writing image file"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("module", "name", "what"),
+    [
+        (checkpoint, "save", "checkpoint-4"),
+        (train, "write_grid", "samples/step_000004.png"),
+        (tracking.JsonLines, "log", "metrics.jsonl"),
+        (train, "export_run", "pipeline"),
+    ],
+)
+def test_what_cannot_be_written_is_named_and_the_same_command_goes_on_later(
+    unbroken: Path, tmp_path: Path, error: Exception, module: Any, name: str, what: str
+) -> None:
+    chosen, whole, calls = settings(tmp_path, sample_every=2), getattr(module, name), []
+
+    def full(*args: Any, **named: Any) -> Any:
+        calls.append(name)
+        if len(calls) == (1 if name == "export_run" else 2):
+            raise error
+        return whole(*args, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, name, full)
+        with pytest.raises(
+            OSError, match=rf"^{tmp_path}/{what.replace('metrics', '.*')}: cannot be written \("
+        ) as told:
+            train.train(chosen)
+    assert "make room" in str(told.value)
+    assert "\n" not in str(told.value)
+    assert all(checkpoint.read_state(found) for found in checkpoint.all_checkpoints(tmp_path))
+    train.train(chosen)
+    assert rows(tmp_path) == rows(unbroken)
+
+
+def test_the_optimizer_of_the_toy_is_the_recipe_s(tmp_path: Path) -> None:
+    """What stands for ``train.build`` here does as it does."""
+    session = build(settings(tmp_path))
+    assert session.engine.optim == {"student": Optim(lr=1e-3), "fake_score": Optim(lr=1e-3)}
+    assert set(optims(session.method)) == set(session.engine.optim)
