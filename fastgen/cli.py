@@ -63,12 +63,14 @@ def train(
     ] = False,
 ) -> None:
     """Distil (or pretrain) as a config says; the student is left in <run.out>/pipeline."""
-    from . import recipe as recipes
     from .config import override, read
+
+    tree = override(read(find_config(config)), overrides or [])  # a file that is not there is told before torch loads
+    from . import recipe as recipes
     from .evaluation.judge import Quick
     from .train import train as run
 
-    decoded = recipes.decode(override(read(find_config(config)), overrides or []), str(config))
+    decoded = recipes.decode(tree, str(config))
     quick = Quick(decoded.eval, str(config)) if decoded.eval else None
     if dry_run:
         from .dry_run import dry_run as rehearse

@@ -216,7 +216,7 @@ def test_a_killed_process_goes_on_from_its_newest_whole_checkpoint(world: Path, 
     out = tmp_path / "killed"
     words = [sys.executable, "-m", "fastgen", "train", str(world / "run.yaml"), f"run.out={out}", *changes]
     with subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while not (out / "checkpoint-6").exists() and child.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -906,19 +906,24 @@ def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_real_process_says_one_line_too_and_all_of_it_with_debug(world: Path, tmp_path: Path) -> None:
     """Neither the libraries' bars nor their notices come in between."""
     bad = broken(world, tmp_path, lambda p: save_file({"a": torch.zeros(1)}, p / UNET))
-    words = ["train", str(world / "run.yaml"), bad, f"run.out={tmp_path / 'out'}"]
+    arguments = [
+        ["train", str(world / "run.yaml"), bad, f"run.out={tmp_path / 'out'}"],
+        ["train", str(tmp_path / "none.yaml")],
+        ["--debug", "train", str(tmp_path / "none.yaml")],
+    ]
     children = [
         subprocess.Popen(
-            [sys.executable, "-m", "fastgen", *debug, *words],
+            [sys.executable, "-m", "fastgen", *words],
             env=ENVIRONMENT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for debug in ([], ["--debug"])
+        for words in arguments
     ]
-    (out, err), (_, traceback) = [child.communicate(timeout=300) for child in children]
+    (out, err), (_, missing), (_, traceback) = [child.communicate(timeout=600) for child in children]
     one_line(Result(children[0].returncode, out, err), r"broken: cannot be opened as a pipeline \(.+\)")
-    assert children[1].returncode == 1
+    one_line(Result(children[1].returncode, "", missing), r"none.yaml: no such config file")
+    assert children[2].returncode == 1
     assert "Traceback (most recent call last)" in traceback
-    assert "cannot be opened as a pipeline" in traceback
+    assert "ConfigError: " in traceback
