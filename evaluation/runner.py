@@ -23,6 +23,7 @@ from fastgen import parallel, registry
 from fastgen.checkpoint import write_text
 from fastgen.data import Source
 from fastgen.export import read_card
+from fastgen.recipe import DTYPES
 from fastgen.rng import seed_of
 
 from .config import EvalConfig
@@ -34,7 +35,6 @@ log = logging.getLogger("fastgen")
 Row = dict[str, Any]
 VALUES = ("fid", "clip_score", "retrieval", "seconds_per_image", "network_evaluations")
 """The values every row has, None where they do not apply; others follow."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DATA = "real images"
 """Name of the row of real images."""
 _PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics", "clean-fid", "fastgen-diffusion")

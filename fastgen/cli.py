@@ -114,9 +114,8 @@ def generate(
     from accelerate import PartialState
 
     from .export import load, read_card
-    from .recipe import locate
+    from .recipe import DTYPES, locate
     from .rng import seed_of
-    from .train import DTYPES
 
     state, path = PartialState(), locate(pipeline)
     own = read_card(Path(path)).get("num_inference_steps")

@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from . import config, registry
 from .config import ConfigError, option
 from .engine import Optim
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Names of dtypes in configs and on the command line."""
 ASSETS = "assets:"
 """A path that begins so lies in the package: ``assets:emoji/teacher``."""
 

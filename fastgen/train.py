@@ -26,13 +26,12 @@ from .ema import EMA
 from .engine import Engine
 from .family import Family
 from .method import Method
-from .recipe import Recipe
+from .recipe import DTYPES, Recipe
 from .rng import Noise
 from .sampling import ddim, ddim_times, renoise, sample
 
 log = logging.getLogger("fastgen")
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GRID = 16
 """Pictures in a sample grid."""
 TEACHER_STEPS = 30
