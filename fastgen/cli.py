@@ -245,7 +245,7 @@ def list_(
     from . import registry
 
     kinds = {"methods": "method", "families": "family", "metrics": "metric", "sources": "source"}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for plural in [what] if what else [*kinds, "configs"]:
         if plural == "configs":
             for name, path in shipped_configs().items():
@@ -253,8 +253,9 @@ def list_(
                 rows.append({"kind": "config", "name": name, "summary": first})
             continue
         for name in registry.names(kinds[plural]):
-            summary = registry.summary(registry.find(kinds[plural], name))
-            rows.append({"kind": kinds[plural], "name": name, "summary": summary})
+            module = registry.find(kinds[plural], name)
+            about = {k: list(v) if k in ("needs", "steps") else v for k, v in about_of(module).items()}
+            rows.append({"kind": kinds[plural], "name": name, "summary": registry.summary(module), **about})
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
@@ -265,6 +266,14 @@ def list_(
     for row in rows:
         table.add_row(row["kind"], row["name"], row["summary"])
     Console().print(table)
+
+
+def about_of(module: object) -> dict[str, Any]:
+    """What a method's module says of itself under ABOUT; empty for what is no method."""
+    import dataclasses
+
+    about = vars(module).get("ABOUT")
+    return dataclasses.asdict(about) if about else {}
 
 
 @app.command()

@@ -60,6 +60,11 @@ def option(
     return field(default=default, metadata=metadata)
 
 
+def section(default: Any, help: str = "") -> Any:
+    """A config field that is a dataclass of its own; what a config does not name is taken from ``default``."""
+    return field(default_factory=lambda: default, metadata={"help": help})
+
+
 def read(path: str | Path, seen: tuple[Path, ...] = ()) -> Tree:
     """Load a YAML file and the files under its ``base:``, merged. Raises ConfigError."""
     path = Path(path)
@@ -117,8 +122,11 @@ def override(tree: Tree, assignments: Sequence[str]) -> Tree:
     return tree
 
 
-def decode(cls: type[T], tree: Any, where: str, key: str = "") -> T:
-    """A dataclass from a mapping. ``where`` and ``key`` say where it stands, for messages. Raises ConfigError."""
+def decode(cls: type[T], tree: Any, where: str, key: str = "", defaults: T | None = None) -> T:
+    """A dataclass from a mapping. ``where`` and ``key`` say where it stands, for messages. Raises ConfigError.
+
+    defaults: what the mapping does not name is taken from here; None: from the class.
+    """
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{where}: {key or 'the config'} must be a mapping, got {tree!r}")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
@@ -130,8 +138,14 @@ def decode(cls: type[T], tree: Any, where: str, key: str = "") -> T:
     for name, f in fields.items():
         full = _join(key, name)
         if name in tree:
-            values[name] = _value(hints[name], tree[name], where, full)
+            hint, own = hints[name], f.default_factory
+            if dataclasses.is_dataclass(hint) and own is not MISSING:  # a section: its own defaults, not its class's
+                values[name] = decode(typing.cast(type, hint), tree[name], where, full, own())
+            else:
+                values[name] = _value(hint, tree[name], where, full)
             _check_limits(f.metadata.get("limits"), values[name], where, full)
+        elif defaults is not None:
+            values[name] = getattr(defaults, name)
         elif f.default is MISSING and f.default_factory is MISSING:
             raise ConfigError(f"{where}: {full} is missing; {f.metadata.get('help') or 'it has no default'}")
     try:

@@ -21,7 +21,7 @@ from .checkpoint import atomic_folder
 from .denoiser import Denoiser
 from .family import Family
 from .rng import seed_of
-from .sampling import renoise, sample
+from .sampling import Sampler, sample_student
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,27 +47,34 @@ def export(
     prompts: list[str],
     card: dict[str, Any],
     dtype: torch.dtype = torch.float32,
+    sampler: Sampler = "renoise",
 ) -> float:
     """Write ``folder`` if it passes the gate and return the largest relative difference found.
 
     num_steps: of a student; None exports a teacher, whose pipeline keeps its scheduler. dtype: of the weights on
-    disk; in half precision the gate runs again on the rounded weights. Raises ExportError.
+    disk; in half precision the gate runs again on the rounded weights. sampler: of a student. Raises ExportError.
     """
     with atomic_folder(folder) as partial:
-        family.pipeline(network, num_steps).save_pretrained(partial)
-        difference = _gate(partial, family, network, num_steps, prompts, TOLERANCE)
+        family.pipeline(network, num_steps, sampler).save_pretrained(partial)
+        difference = _gate(partial, family, network, num_steps, sampler, prompts, TOLERANCE)
         if dtype != torch.float32:
             _halve(partial, dtype)
-            _gate(partial, family, network, num_steps, prompts, HALF_TOLERANCE)
+            _gate(partial, family, network, num_steps, sampler, prompts, HALF_TOLERANCE)
         (partial / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     return difference
 
 
 def _gate(
-    folder: Path, family: Family, network: nn.Module, num_steps: int | None, prompts: list[str], tolerance: float
+    folder: Path,
+    family: Family,
+    network: nn.Module,
+    num_steps: int | None,
+    sampler: Sampler,
+    prompts: list[str],
+    tolerance: float,
 ) -> float:
     try:
-        difference = _difference(folder, family, network, num_steps, prompts)
+        difference = _difference(folder, family, network, num_steps, sampler, prompts)
     except Exception as error:
         raise ExportError(
             f"not exported: the saved pipeline does not run in plain Diffusers ({_short(error)})"
@@ -80,7 +87,9 @@ def _gate(
     return difference
 
 
-def _difference(folder: Path, family: Family, network: nn.Module, num_steps: int | None, prompts: list[str]) -> float:
+def _difference(
+    folder: Path, family: Family, network: nn.Module, num_steps: int | None, sampler: Sampler, prompts: list[str]
+) -> float:
     from diffusers import DiffusionPipeline
 
     device = next(network.parameters()).device
@@ -97,13 +106,13 @@ def _difference(folder: Path, family: Family, network: nn.Module, num_steps: int
     else:
         denoiser = Denoiser(network, family.denoiser.schedule, family.denoiser.kind, family.denoiser.call)
         with torch.no_grad():
-            wanted = sample(
+            wanted = sample_student(
                 denoiser,
                 denoiser.schedule,
                 x_t.to(device),
                 family.student_times(num_steps),
                 family.encode_prompts(prompts),
-                renoise,
+                sampler,
                 lambda: torch.randn(x_t.shape, generator=noise[1]).to(device),
             )
     return float((found.float() - wanted.float()).abs().max() / wanted.abs().max().clamp(min=1e-3))

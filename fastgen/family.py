@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from .denoiser import Cond, Denoiser
+from .sampling import Sampler
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,14 @@ class Block:
     name: str
     channels: int
     size: int
+
+
+class MakePipeline(Protocol):
+    """How a family puts a network in the teacher's place."""
+
+    def __call__(self, network: nn.Module, num_steps: int | None, sampler: Sampler = "renoise") -> Any:
+        """The stock pipeline, ready to save."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -34,8 +43,8 @@ class Family:
         student: () -> a trainable copy of the teacher's network, with what a student needs to be safe in a stock call.
         student_times: num_steps -> the falling times of the scheduler that ``pipeline`` will ship.
         blocks: where a discriminator can take features, shallow to deep.
-        pipeline: (network, num_steps) -> the stock pipeline with this network in the teacher's place, ready to save;
-            num_steps is a student's, None keeps the teacher's scheduler.
+        pipeline: (network, num_steps, sampler) -> the stock pipeline with this network in the teacher's place, ready
+            to save; num_steps and sampler are a student's, None keeps the teacher's scheduler.
         image_size: (height, width) in pixels.
     """
 
@@ -48,5 +57,5 @@ class Family:
     student: Callable[[], nn.Module]
     student_times: Callable[[int], list[float]]
     blocks: Sequence[Block]
-    pipeline: Callable[[nn.Module, int | None], Any]
+    pipeline: MakePipeline
     image_size: tuple[int, int]

@@ -54,3 +54,13 @@ def gan_generator(fake_logits: Tensor) -> Tensor:
 def gan_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """softplus(D(fake)) + softplus(-D(real)); 2 log 2 at logits 0: [B, ...] -> [B]."""
     return per_sample(F.softplus(fake_logits)) + per_sample(F.softplus(-real_logits))
+
+
+def hinge_generator(fake_logits: Tensor) -> Tensor:
+    """-D(fake) (Lim & Ye 2017, arXiv 1705.02894): logits [B, ...] -> [B]."""
+    return -per_sample(fake_logits)
+
+
+def hinge_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """max(0, 1 - D(real)) + max(0, 1 + D(fake)); 2 at logits 0: [B, ...] -> [B]."""
+    return per_sample(F.relu(1 - real_logits)) + per_sample(F.relu(1 + fake_logits))

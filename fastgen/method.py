@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .denoiser import Cond
 from .rng import Noise
+from .sampling import Sampler
 
 Terms = Mapping[str, Tensor]
 """Named losses, weighted and per sample: each [B]. The loss is the mean of their sum."""
@@ -27,6 +28,24 @@ class Batch:
     def __len__(self) -> int:
         """The number of samples, B."""
         return len(self.samples)
+
+
+@dataclass(frozen=True)
+class About:
+    """What a user chooses a method by; each method's module has one, called ``ABOUT``.
+
+    Attributes:
+        paper: its title.
+        arxiv: its number.
+        needs: what it trains on besides the teacher, of "prompts", "images" and "pairs"; an option that needs more
+            stands in brackets: "images (adversarial)".
+        steps: numbers of steps its students can be made for; empty: as many as the teacher.
+    """
+
+    paper: str
+    arxiv: str
+    needs: Sequence[str]
+    steps: Sequence[int]
 
 
 def nothing() -> None:
@@ -69,6 +88,11 @@ class Method(Trainable, Protocol):
     @property
     def num_steps(self) -> int | None:
         """Calls of the exported student when sampling; None for a network that is sampled as the teacher is."""
+        ...
+
+    @property
+    def sampler(self) -> Sampler:
+        """How the exported student goes from one step to the next."""
         ...
 
     @property

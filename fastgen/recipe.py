@@ -35,6 +35,7 @@ class Student:
     """What comes out."""
 
     steps: int = option(1, "calls of the student when sampling; 1, 2 and 4 are usual", low=1, high=8)
+    init: str = option("", "pipeline whose network the student starts from, as the run before it; empty: the teacher")
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,15 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 import yaml
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import attention, checkpoint, export, parallel, registry, tracking
 from . import recipe as recipes
@@ -28,7 +29,7 @@ from .family import Family
 from .method import Method
 from .recipe import DTYPES, Recipe
 from .rng import Noise
-from .sampling import ddim, ddim_times, renoise, sample
+from .sampling import ddim, ddim_times, sample, sample_student
 
 log = logging.getLogger("fastgen")
 
@@ -76,7 +77,7 @@ class Session:
         else:
             times = family.student_times(self.method.num_steps)
             fresh = lambda: rng.normal(family.latent_shape)  # noqa: E731
-            x0 = sample(denoiser, denoiser.schedule, x_t, times, cond, renoise, fresh)
+            x0 = sample_student(denoiser, denoiser.schedule, x_t, times, cond, self.method.sampler, fresh)
         network.train(training)
         return to_uint8(family.decode(x0)).cpu()
 
@@ -92,6 +93,8 @@ def build(recipe: Recipe, device: torch.device | None = None) -> Session:
     export.check_pipeline(path, vars(module).get("PIPELINE"))
     with export.opening(path):
         family: Family = module.load(path, device, autocast)
+    if recipe.student.init:
+        family = started_from(family, module, recipe.student.init, device)
     torch.manual_seed(run.seed)  # what a method initialises at random, before rank 0's weights go to all
     method: Method = registry.find("method", recipe.method.name).Method(
         recipe.method.options, family, recipe.student.steps
@@ -121,6 +124,27 @@ def build(recipe: Recipe, device: torch.device | None = None) -> Session:
         device=device,
     )
     return Session(recipe, device, family, method, source, batches, engine, ema_of, used)
+
+
+def started_from(family: Family, module: ModuleType, path: str, device: torch.device) -> Family:
+    """The family whose students start from the network of another pipeline. Raises ValueError if it does not fit."""
+    place = recipes.locate(path)
+    export.check_pipeline(place, vars(module).get("PIPELINE"))
+    with export.opening(place):
+        weights = module.load(place, device).denoiser.network.state_dict()
+
+    def student() -> nn.Module:
+        network = family.student()
+        own = network.state_dict()
+        differing = sorted(k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape)
+        missing = sorted(own.keys() - weights.keys() - {k for k in own if not own[k].any()})
+        if differing or missing or weights.keys() - own.keys():
+            wrong = (differing or missing or sorted(weights.keys() - own.keys()))[0]
+            raise ValueError(f"student.init {path}: its network is not the teacher's shape at {wrong!r}")
+        network.load_state_dict(weights, strict=False)
+        return network
+
+    return replace(family, student=student)
 
 
 Quick = Callable[[Session], dict[str, float]]
@@ -262,6 +286,7 @@ def export_run(session: Session, folder: Path) -> None:
             prompts=sample_prompts(session)[:2],
             card=card,
             dtype=DTYPES[recipe.run.save_dtype],
+            sampler=method.sampler,
         )
     log.info("exported %s; reloaded by Diffusers it differs from the trainer's sampler by %.1e", folder, difference)
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import LCMScheduler, StableDiffusionPipeline, TCDScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from fastgen.denoiser import Cond, Denoiser
 from fastgen.family import Block, Family
 from fastgen.prediction import Kind
+from fastgen.sampling import Sampler
 from fastgen.schedule import TabulatedVP
 
 PIPELINE = "StableDiffusionPipeline"
@@ -80,11 +81,13 @@ def wrap(pipeline: StableDiffusionPipeline, autocast: torch.dtype | None = None)
     def decode(latents: Tensor) -> Tensor:
         return vae.decode(latents / scaling, return_dict=False)[0].float().clamp(-1, 1)
 
-    def with_network(network: nn.Module, num_steps: int | None) -> StableDiffusionPipeline:
+    def with_network(
+        network: nn.Module, num_steps: int | None, sampler: Sampler = "renoise"
+    ) -> StableDiffusionPipeline:
         parts = dict(pipeline.components)
         parts["unet"] = network
         if num_steps is not None:
-            parts["scheduler"] = student_scheduler(pipeline.scheduler, num_steps)
+            parts["scheduler"] = student_scheduler(pipeline.scheduler, num_steps, sampler)
         made = StableDiffusionPipeline(**parts, requires_safety_checker=False)
         made.set_progress_bar_config(disable=True)
         return made
@@ -124,14 +127,16 @@ def student(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return result
 
 
-def student_scheduler(teacher: Any, num_steps: int) -> LCMScheduler:
+def student_scheduler(teacher: Any, num_steps: int, sampler: Sampler = "renoise") -> LCMScheduler | TCDScheduler:
     """The scheduler shipped with a student of ``num_steps``; more steps than that are an error at the call.
 
-    The boundary scaling is raised until c_skip vanishes in float32, so that each step uses x0 itself.
+    LCM's boundary scaling is raised until c_skip vanishes in float32, so that each step uses x0 itself. TCD at the
+    pipeline's own default, eta 0, keeps the predicted noise: DDIM on the same times.
     """
     # all of the teacher's values: what it left at its class's default, from_config would take for LCM's
     config = {key: value for key, value in teacher.config.items() if key != "_use_default_values"}
-    return LCMScheduler.from_config(
+    cls = {"renoise": LCMScheduler, "ddim": TCDScheduler}[sampler]
+    return cls.from_config(
         config,
         original_inference_steps=num_steps,
         timestep_scaling=1e4,

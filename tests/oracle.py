@@ -23,7 +23,7 @@ from fastgen.family import Block, Family
 from fastgen.method import Batch, Phase, Terms, Trainable, nothing
 from fastgen.prediction import Kind, combine
 from fastgen.rng import Noise, seed_of
-from fastgen.sampling import ddim_times
+from fastgen.sampling import Sampler, ddim_times
 from fastgen.schedule import Flow, Level, Schedule, TabulatedVP
 
 CAPTIONS = ("", "left", "right")
@@ -212,6 +212,7 @@ class Pipeline:
 
     network: nn.Module
     num_steps: int | None
+    sampler: Sampler = "renoise"
 
     def save_pretrained(self, folder: Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@
         x_t = alpha x0 + sigma eps, t ~ U(2 % ... 98 %)
         real = teacher's guided x0(x_t), fake = fake_score's x0(x_t)
         x0 <- x0 - (fake - real) / mean|x0 - real|, per sample
-        with the GAN: + gan_weight softplus(-D(noised x0))
+        with the GAN: + weight softplus(-D(noised x0))
 
 Departures from the reference code: the critic's student samples are drawn anew and not shared with the student
 phase (one more student pass a cycle, and either phase can be read alone); the normaliser is clamped at 1e-5 and a
@@ -27,13 +27,21 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import losses, rollout, times
-from fastgen.config import option
-from fastgen.denoiser import Cond, guided
-from fastgen.discriminator import Heads, features
+from fastgen.adversary import Adversarial, Adversary
+from fastgen.config import option, section
+from fastgen.denoiser import guided
 from fastgen.family import Family
-from fastgen.method import Batch, Phase, Terms
+from fastgen.method import About, Batch, Phase, Terms
 from fastgen.rng import Noise
+from fastgen.sampling import Sampler
 from fastgen.schedule import add_noise
+
+ABOUT = About(
+    paper="Improved Distribution Matching Distillation for Fast Image Synthesis",
+    arxiv="2405.14867",
+    needs=("prompts", "images (adversarial, from_data)"),
+    steps=range(1, 9),
+)
 
 
 @dataclass(frozen=True)
@@ -47,15 +55,15 @@ class Config:
     )
     t_low: float = option(0.02, "smallest t of the student's loss, as a share of the times", low=0, below=1)
     t_high: float = option(0.98, "largest t of the student's loss, as a share of the times", above=0, high=1)
-    gan_weight: float = option(0.0, "of the student's adversarial term; 0 trains without images (paper: 1e-3)", low=0)
-    gan_critic_weight: float = option(1e-2, "of the discriminator's loss beside the denoising loss", low=0)
-    gan_blocks: list[str] = option([], "blocks whose output the discriminator reads; empty: the middle block")
+    # weights: DMD2's for SDXL and SD 1.5 (main/train_sd.py)
+    adversarial: Adversarial = section(Adversarial(critic_weight=1e-2, features="fake_score"), "the GAN; paper: 1e-3")
 
 
 class Method:
     """Distribution matching with two time scales, optional GAN, one to a few steps."""
 
     exported = "student"
+    sampler: Sampler = "renoise"
 
     def __init__(self, config: Config, family: Family, num_steps: int) -> None:
         """Copy the teacher twice. num_steps: calls of the student when sampling."""
@@ -63,7 +71,7 @@ class Method:
             raise ValueError(f"t_low {config.t_low:g} must be below t_high {config.t_high:g}")
         self.config, self.num_steps = config, num_steps
         self.shape, self.times = family.latent_shape, family.student_times(num_steps)
-        self.needs_images = config.gan_weight > 0 or (config.rollout == "from_data" and num_steps > 1)
+        self.needs_images = config.adversarial.weight > 0 or (config.rollout == "from_data" and num_steps > 1)
         self.teacher = family.denoiser
         self.student = self.teacher.with_network(family.student())
         self.fake_score = self.teacher.with_network(copy.deepcopy(self.teacher.network).requires_grad_(True))
@@ -73,17 +81,11 @@ class Method:
             "fake_score": self.fake_score.network,
         }
         critic = ["fake_score"]
-        if config.gan_weight > 0:
-            known = {block.name: block for block in family.blocks}
-            if not known:
-                raise ValueError("gan_weight needs blocks to read, and this family names none; set gan_weight 0")
-            for name in config.gan_blocks:
-                if name not in known:
-                    raise ValueError(f"gan_blocks: no block {name!r}; this family has {', '.join(known)}")
-            chosen = [known[name] for name in config.gan_blocks] or [family.blocks[-1]]
-            self.blocks = [block.name for block in chosen]
-            self.heads = Heads([b.channels for b in chosen], [b.size for b in chosen])
-            self.networks["discriminator"] = self.heads
+        self.adversary = None
+        if config.adversarial.weight > 0:
+            backbone = self.teacher if config.adversarial.features == "teacher" else self.fake_score
+            self.adversary = Adversary(config.adversarial, family, backbone)
+            self.networks["discriminator"] = self.adversary.heads
             critic.append("discriminator")
         self.phases = (
             Phase("critic", critic, self.critic_loss),
@@ -97,10 +99,9 @@ class Method:
         t, eps = times.uniform(rng, self.teacher.schedule), rng.normal(self.shape)
         pred = self.fake_score(add_noise(self.teacher.schedule, x0, eps, t), t, batch.cond)
         terms = {"denoising": losses.denoising(pred, x0, eps)}
-        if self.config.gan_weight > 0:
+        if self.adversary:
             assert batch.x0 is not None
-            real, fake = self.logits(batch.x0, batch.cond, rng), self.logits(x0, batch.cond, rng)
-            terms["gan"] = self.config.gan_critic_weight * losses.gan_discriminator(real, fake)
+            terms["gan"] = self.adversary.discriminator(batch.x0, x0, batch.cond, rng)
         return terms
 
     def student_loss(self, batch: Batch, rng: Noise) -> Terms:
@@ -112,8 +113,8 @@ class Method:
             real = guided(self.teacher, batch.uncond, self.config.guidance_scale)(x_t, t, batch.cond).x0
             fake = self.fake_score(x_t, t, batch.cond).x0
         terms = {"dmd": losses.surrogate(x0, losses.dmd_grad(x0, real, fake))}
-        if self.config.gan_weight > 0:
-            terms["gan"] = self.config.gan_weight * losses.gan_generator(self.logits(x0, batch.cond, rng))
+        if self.adversary:
+            terms["gan"] = self.adversary.student(x0, batch.cond, rng)
         return terms
 
     def generate(self, batch: Batch, rng: Noise) -> Tensor:
@@ -123,9 +124,3 @@ class Method:
         else:
             x_t, t = rollout.backward_simulation(self.student, rng, self.shape, self.times, batch.cond)
         return self.student(x_t, t, batch.cond).x0
-
-    def logits(self, x0: Tensor, cond: Cond, rng: Noise) -> Tensor:
-        """Of the discriminator on freshly noised x0: [B, L] (diffusion GAN, t ~ U(all times))."""
-        t = times.uniform(rng, self.teacher.schedule)
-        x_t = add_noise(self.teacher.schedule, x0, rng.normal(self.shape), t)
-        return self.heads(features(self.fake_score, self.blocks, x_t, t, cond))  # type: ignore[no-any-return]

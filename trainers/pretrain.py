@@ -19,10 +19,15 @@ from fastgen import losses, times
 from fastgen.config import option
 from fastgen.denoiser import Cond
 from fastgen.family import Family
-from fastgen.method import Batch, Phase, Terms
+from fastgen.method import About, Batch, Phase, Terms
 from fastgen.prediction import Kind
 from fastgen.rng import Noise
+from fastgen.sampling import Sampler
 from fastgen.schedule import Level, add_noise
+
+ABOUT = About(
+    paper="Denoising Diffusion Probabilistic Models", arxiv="2006.11239", needs=("prompts", "images"), steps=()
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Method:
     needs_images = True
     exported = "teacher"
     num_steps: int | None = None
+    sampler: Sampler = "ddim"
 
     def __init__(self, config: Config, family: Family, num_steps: int) -> None:
         """num_steps is a student's and has no meaning here."""

@@ -28,7 +28,7 @@ from torch import Tensor
 import fastgen as package
 from fastgen import checkpoint, cli, config, recipe, registry, tracking
 from fastgen import train as training
-from fastgen.config import ConfigError
+from fastgen.config import ConfigError, merge
 from fastgen.rng import Noise
 from tests import command
 from tests.command import Result, done, fastgen
@@ -249,7 +249,12 @@ VARIANTS = {
     "without averages": ["run.ema=0"],
     "two steps": ["student.steps=2"],
     "four steps": ["student.steps=4", "method.student_every=1"],
-    "gan": ["data.source=images", "data.path=IMAGES", "method.gan_weight=1e-3", "optim.discriminator={lr: 1e-3}"],
+    "gan": [
+        "data.source=images",
+        "data.path=IMAGES",
+        "method.adversarial.weight=1e-3",
+        "optim.discriminator={lr: 1e-3}",
+    ],
     "from data": ["data.source=images", "data.path=IMAGES", "method.rollout=from_data", "student.steps=2"],
     "schedule": ["optim.student={lr: 1e-3, schedule: cosine, warmup: 1, betas: [0.0, 0.99], clip: 0}"],
     "tensorboard": ["run.trackers=[tensorboard]"],
@@ -429,7 +434,10 @@ def test_export_writes_into_the_run_by_default(copy: Path) -> None:
 def test_list_names_all_kinds_for_people_and_machines() -> None:
     listed = json.loads(done("list", "--json").out)
     assert {row["kind"] for row in listed} == {"method", "family", "metric", "source", "config"}
-    assert all(set(row) == {"kind", "name", "summary"} and row["summary"] for row in listed)
+    said = {"kind", "name", "summary"}
+    for row in listed:
+        assert set(row) == said | ({"paper", "arxiv", "needs", "steps"} if row["kind"] == "method" else set())
+        assert row["summary"]
     shown = done("list").out
     for row in listed:
         assert f" {row['name']} " in shown
@@ -586,7 +594,8 @@ def empty_file(folder: Path) -> dict[str, str]:
 
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
-GAN = {"name": "dmd2", "gan_weight": 0.1}
+GAN = {"name": "dmd2", "adversarial": {"weight": 0.1}}
+BLOCK_UP = {"adversarial": {"blocks": ["up"]}}
 LR = {"lr": 1e-3}
 
 # name -> (world, empty folder) -> arguments after "train", and what the line must say
@@ -611,8 +620,8 @@ BAD: dict[str, tuple[Callable[[Path, Path], list[Any]], str]] = {
     ),
     "eval": (lambda w, f: [w / "run.yaml", "eval.num_imges=3"], r"unknown key 'eval.num_imges'; .*'num_images'\?"),
     "block": (
-        lambda w, f: [edited(w, f, method=GAN | {"gan_blocks": ["up"]}, data=folder_of_images(w))],
-        r"gan_blocks: no block 'up'; this family has down_blocks.0, down_blocks.1, mid_block",
+        lambda w, f: [edited(w, f, method=merge(GAN, BLOCK_UP), data=folder_of_images(w))],
+        r"adversarial.blocks: no block 'up'; this family has down_blocks.0, down_blocks.1, mid_block",
     ),
     "times": (lambda w, f: [w / "run.yaml", "method.t_low=0.99"], r"t_low 0.99 must be below t_high 0.98"),
     "role missing": (

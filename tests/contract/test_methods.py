@@ -72,10 +72,16 @@ def build(name: str, variant: str, world: str) -> tuple[Any, Any]:
     """A method and its data. Blocks are the toy's names, so a real network takes its own default instead."""
     family, data = WORLDS[world]()
     options, num_steps = record.variants(name)[variant]
-    if world != "toy":
-        options = {key: value for key, value in options.items() if key != "gan_blocks"}
-    torch.manual_seed(1)
-    return METHODS[name].Method(METHODS[name].Config(**options), family, num_steps), data
+    return record.make(name, options if world == "toy" else without_blocks(options), family, num_steps), data
+
+
+def without_blocks(options: dict[str, Any]) -> dict[str, Any]:
+    """The options without the toy's names of blocks."""
+    return {
+        key: without_blocks(value) if isinstance(value, dict) else value
+        for key, value in options.items()
+        if key != "blocks"
+    }
 
 
 def test_there_are_methods() -> None:
@@ -87,6 +93,16 @@ def test_the_docstring_is_the_algorithm_with_its_arxiv_id(name: str) -> None:
     doc = METHODS[name].__doc__ or ""
     assert re.search(r"arXiv \d{4}\.\d{4,5}", doc.split("\n")[0]), "the first line names paper, year and arXiv id"
     assert len(doc.splitlines()) > 5
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_says_what_a_user_chooses_by(name: str) -> None:
+    about = METHODS[name].ABOUT
+    assert about.paper
+    assert f"arXiv {about.arxiv}" in (METHODS[name].__doc__ or "")
+    assert about.needs
+    assert {need.split(" ")[0] for need in about.needs} <= {"prompts", "images", "pairs"}
+    assert all(1 <= steps <= 8 for steps in about.steps)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -102,7 +118,7 @@ def test_config_is_frozen_documented_and_has_defaults(name: str) -> None:
 @pytest.mark.parametrize(("name", "variant"), CASES)
 def test_config_survives_yaml(name: str, variant: str) -> None:
     options, _ = record.variants(name)[variant]
-    original = METHODS[name].Config(**options)
+    original = config.decode(METHODS[name].Config, options, "variant")
     tree = yaml.safe_load(yaml.safe_dump(config.encode(original)))
     assert config.decode(METHODS[name].Config, tree, "config.yaml") == original
 
@@ -220,8 +236,7 @@ def test_it_trains_under_autocast(name: str, variant: str, autocast: torch.dtype
     """Every parameter still gets its gradient, in float32."""
     family = sd.wrap(tiny.pipeline("v_prediction"), autocast)
     options, num_steps = record.variants(name)[variant]
-    options = {key: value for key, value in options.items() if key != "gan_blocks"}
-    method = METHODS[name].Method(METHODS[name].Config(**options), family, num_steps)
+    method = record.make(name, without_blocks(options), family, num_steps)
     learning = {f"{r}.{n}" for r, net in method.networks.items() for n, p in net.named_parameters() if p.requires_grad}
     found = gradients_by_phase(method)
     engine = Engine(method, SD(family), optims(method, lr=1e-3), batch_size=2, steps=1)

@@ -29,7 +29,7 @@ from fastgen.discriminator import Heads, features
 from fastgen.export import ExportError, export
 from fastgen.family import Family
 from fastgen.pipelines import sd
-from fastgen.sampling import ddim, ddim_times, renoise, sample
+from fastgen.sampling import ddim, ddim_times, renoise, sample, sample_student
 from tests import tiny
 
 PROMPTS = ["a red apple", "a dog left of a cat"]
@@ -451,3 +451,28 @@ def test_a_pipeline_that_differs_from_the_sampler_is_refused_and_nothing_is_writ
     with pytest.raises(ExportError, match="not exported: the reloaded pipeline differs from the trainer's sampler by"):
         export(wrong, perturbed(family), 2, tmp_path / "pipeline", prompts=PROMPTS, card={})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_ddim_student_ships_a_scheduler_of_the_same_times_that_ends_at_the_cleanest(
+    prediction_type: str, num_steps: int
+) -> None:
+    family = sd.wrap(tiny.pipeline(prediction_type))
+    network = perturbed(family)
+    shipped = family.pipeline(network, num_steps, "ddim")
+    shipped.scheduler.set_timesteps(num_steps)
+    assert shipped.scheduler.timesteps.tolist() == family.student_times(num_steps)
+    start = noise()
+    with torch.no_grad():
+        ours = sample_student(
+            family.denoiser.with_network(network),
+            family.denoiser.schedule,
+            start,
+            family.student_times(num_steps),
+            family.encode_prompts(PROMPTS),
+            "ddim",
+        )
+    close(ours, call(shipped, num_steps, latents=start))
+    with pytest.raises(ValueError, match="original"):
+        call(shipped, num_steps + 1)

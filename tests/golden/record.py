@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 import fastgen.trainers
+from fastgen import config
 from fastgen.engine import Engine
+from fastgen.family import Family
 from tests.oracle import Samples, conv_family, optims, train
 
 FOLDER = Path(__file__).parent
@@ -24,15 +26,17 @@ STEPS = 10
 RTOL, ATOL = 2e-4, 1e-6
 """Between machines: convolutions differ in the last bits, and ten steps of Adam enlarge that a little."""
 
+GAN = {"weight": 0.1, "critic_weight": 0.01, "features": "fake_score", "blocks": ["down", "mid"]}
+
 VARIANTS: dict[str, dict[str, tuple[dict[str, Any], int]]] = {
     "dmd2": {
         "default": ({"student_every": 2}, 1),
-        "gan": ({"student_every": 2, "gan_weight": 0.1, "gan_blocks": ["down", "mid"], "guidance_scale": 1.0}, 1),
+        "gan": ({"student_every": 2, "guidance_scale": 1.0, "adversarial": GAN}, 1),
         "few": ({"student_every": 2, "guidance_scale": 3.0}, 4),
         "data": ({"student_every": 2, "rollout": "from_data"}, 2),
     },
 }
-"""Method -> name -> (options, calls of the student). A method that is not here runs with its defaults, once."""
+"""Method -> name -> (options as in YAML, calls of the student). One that is not here runs with its defaults, once."""
 
 
 def methods() -> dict[str, ModuleType]:
@@ -45,12 +49,16 @@ def variants(name: str) -> dict[str, tuple[dict[str, Any], int]]:
     return VARIANTS.get(name, {"default": ({}, 1)})
 
 
+def make(name: str, options: dict[str, Any], family: Family, num_steps: int) -> Any:
+    """The method with these options on this family; its heads start as seed 1 says."""
+    module = methods()[name]
+    torch.manual_seed(1)
+    return module.Method(config.decode(module.Config, options, "variant"), family, num_steps)
+
+
 def losses(name: str, options: dict[str, Any], num_steps: int) -> list[dict[str, float]]:
     """The logs of each step."""
-    module = methods()[name]
-    family = conv_family()
-    torch.manual_seed(1)
-    method = module.Method(module.Config(**options), family, num_steps)
+    method = make(name, options, conv_family(), num_steps)
     engine = Engine(method, Samples((2, 8, 8)), optims(method, lr=1e-3), batch_size=4, steps=STEPS)
     return train(engine, range(STEPS))
 

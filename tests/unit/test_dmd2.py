@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import losses, times
+from fastgen.adversary import Adversarial, Adversary
 from fastgen.denoiser import Denoiser
 from fastgen.discriminator import features
 from fastgen.engine import Engine, Optim
@@ -237,6 +239,15 @@ def still(shift: float, scale: float) -> nn.Module:
 # The GAN
 
 
+def gan(weight: float, critic_weight: float = 1e-2, blocks: Sequence[str] = ()) -> Adversarial:
+    return Adversarial(weight, critic_weight, "fake_score", list(blocks))
+
+
+def adversary(method: Method) -> Adversary:
+    assert method.adversary is not None
+    return method.adversary
+
+
 def test_without_the_gan_no_image_is_needed_and_no_head_is_made() -> None:
     method = conv_method(4)
     assert not method.needs_images
@@ -248,7 +259,7 @@ def test_without_the_gan_no_image_is_needed_and_no_head_is_made() -> None:
 
 
 def test_the_gan_trains_heads_and_fake_score_in_the_critic_and_the_student_in_its_own_phase() -> None:
-    method = conv_method(gan_weight=0.5, gan_critic_weight=0.5, student_every=2)
+    method = conv_method(adversarial=gan(0.5, 0.5), student_every=2)
     assert method.needs_images
     assert method.phases[0].trains == ["fake_score", "discriminator"]
     found = gradients_by_phase(method)  # type: ignore[arg-type]
@@ -275,14 +286,14 @@ def test_the_gan_trains_heads_and_fake_score_in_the_critic_and_the_student_in_it
 
 def test_adversarial_terms_are_their_losses_times_their_weights() -> None:
     """Noised anew for each, at a time of its own; real and fake logits from the fake score's features."""
-    method = conv_method(gan_weight=0.25, gan_critic_weight=0.5)
+    method = conv_method(adversarial=gan(0.25, 0.5))
     batch = CONV.batch(range(4))
     assert batch.x0 is not None
 
     def logits(x0: Tensor, rng: Noise) -> Tensor:
         t = times.uniform(rng, method.teacher.schedule)
         x_t = add_noise(method.teacher.schedule, x0, rng.normal((2, 8, 8)), t)
-        return method.heads(features(method.fake_score, ["mid"], x_t, t, batch.cond))
+        return adversary(method).heads(features(method.fake_score, ["mid"], x_t, t, batch.cond))
 
     def skip(rng: Noise) -> None:
         rng.uniform()
@@ -302,14 +313,16 @@ def test_adversarial_terms_are_their_losses_times_their_weights() -> None:
 
 
 def test_the_student_s_adversarial_gradient_comes_through_the_fake_score_s_features() -> None:
-    method = conv_method(gan_weight=1.0, guidance_scale=1.0)  # the distribution-matching gradient is 0 at the start
+    method = conv_method(
+        adversarial=gan(1.0), guidance_scale=1.0
+    )  # the distribution-matching gradient is 0 at the start
     found = gradients(method, method.student_loss(CONV.batch(range(4)), noise())["gan"].sum())
     assert all(g is not None and g.abs().max() > 0 for g in found)
 
 
 def test_the_heads_learn_to_tell_real_from_fake() -> None:
     family = conv_family()
-    method = Method(Config(gan_weight=1e-3, gan_critic_weight=1.0, guidance_scale=1.0, student_every=1000), family, 1)
+    method = Method(Config(adversarial=gan(1e-3, 1.0), guidance_scale=1.0, student_every=1000), family, 1)
     data = Samples((2, 8, 8), means=(0.0, 2.0, 2.0))
     engine = Engine(method, data, optims(method, lr=3e-3), batch_size=8, steps=60)
     logs = train(engine, range(1, 61))
@@ -318,10 +331,10 @@ def test_the_heads_learn_to_tell_real_from_fake() -> None:
 
 
 def test_blocks_are_the_ones_named_or_the_deepest() -> None:
-    assert conv_method(gan_weight=1e-3).blocks == ["mid"]
-    method = conv_method(gan_weight=1e-3, gan_blocks=["mid", "down"])
-    assert method.blocks == ["mid", "down"]
-    assert len(method.heads.heads) == 2
+    assert adversary(conv_method(adversarial=gan(1e-3))).blocks == ["mid"]
+    made = adversary(conv_method(adversarial=gan(1e-3, blocks=["mid", "down"])))
+    assert made.blocks == ["mid", "down"]
+    assert len(made.heads.heads) == 2
 
 
 # What the student is called on
@@ -365,13 +378,13 @@ def test_an_empty_range_of_times_is_refused() -> None:
 
 
 def test_an_unknown_block_is_refused_and_the_known_are_named() -> None:
-    with pytest.raises(ValueError, match="gan_blocks: no block 'middle'; this family has down, mid"):
-        conv_method(gan_weight=1e-3, gan_blocks=["middle"])
+    with pytest.raises(ValueError, match=r"adversarial\.blocks: no block 'middle'; this family has down, mid"):
+        conv_method(adversarial=gan(1e-3, blocks=["middle"]))
 
 
 def test_a_family_without_blocks_cannot_have_the_gan() -> None:
-    with pytest.raises(ValueError, match="gan_weight"):
-        Method(Config(gan_weight=1e-3), gaussian_family(), 1)
+    with pytest.raises(ValueError, match=r"adversarial\.weight needs"):
+        Method(Config(adversarial=gan(1e-3)), gaussian_family(), 1)
 
 
 def test_a_fake_score_that_blows_up_stops_the_student() -> None:

@@ -19,6 +19,7 @@ from fastgen import export
 from fastgen.export import ExportError, check_pipeline
 from fastgen.family import Family
 from fastgen.pipelines import sd
+from fastgen.sampling import Sampler
 from tests import command, tiny
 
 PROMPTS = ["a red apple", "a dog left of a cat"]
@@ -81,8 +82,8 @@ def latents(pipeline: Any, **call: Any) -> Tensor:
 def with_ddim(family: Family) -> Family:
     """As if the student left with its teacher's kind of scheduler."""
 
-    def pipeline(network: nn.Module, num_steps: int | None) -> StableDiffusionPipeline:
-        made = family.pipeline(network, num_steps)
+    def pipeline(network: nn.Module, num_steps: int | None, sampler: Sampler) -> StableDiffusionPipeline:
+        made = family.pipeline(network, num_steps, sampler)
         made.scheduler = DDIMScheduler.from_config(family.pipeline(network, None).scheduler.config)
         return made
 
@@ -91,11 +92,11 @@ def with_ddim(family: Family) -> Family:
 
 def with_other_weights(family: Family) -> Family:
     """As if saving lost what was learnt."""
-    return replace(family, pipeline=lambda network, n: family.pipeline(moved(family.student(), 0.02, 10), n))
+    return replace(family, pipeline=lambda network, n, _: family.pipeline(moved(family.student(), 0.02, 10), n))
 
 
 def with_nan(family: Family) -> Family:
-    def pipeline(network: nn.Module, num_steps: int | None) -> StableDiffusionPipeline:
+    def pipeline(network: nn.Module, num_steps: int | None, sampler: Sampler) -> StableDiffusionPipeline:
         spoilt = family.student()
         nn.init.constant_(spoilt.conv_out.bias, float("nan"))  # type: ignore[arg-type]
         return family.pipeline(spoilt, num_steps)
@@ -120,7 +121,7 @@ def test_what_differs_from_the_sampler_is_refused_and_leaves_nothing(
 
 def test_what_plain_diffusers_cannot_run_is_refused(family: Family, student: nn.Module, tmp_path: Path) -> None:
     """As a scheduler made for fewer steps than the student's."""
-    wrong = replace(family, pipeline=lambda network, n: family.pipeline(network, 1))
+    wrong = replace(family, pipeline=lambda network, n, _: family.pipeline(network, 1))
     with pytest.raises(ExportError, match="not exported: the saved pipeline does not run in plain Diffusers"):
         write(wrong, student, tmp_path / "pipeline")
     assert list(tmp_path.iterdir()) == []

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastgen import checkpoint, parallel
+from fastgen.adversary import Adversarial
 from fastgen.ema import EMA
 from fastgen.engine import Engine, NonFiniteLoss
 from fastgen.method import Batch, Phase, Terms
@@ -29,7 +30,7 @@ def linear(batch_size: int) -> Engine:
 
 
 def distilling(batch_size: int) -> Engine:
-    config = dmd2.Config(guidance_scale=2.0, student_every=2, gan_weight=0.1)
+    config = dmd2.Config(guidance_scale=2.0, student_every=2, adversarial=Adversarial(0.1, features="fake_score"))
     torch.manual_seed(parallel.rank())  # heads start at random: the main process's must go to all
     family = conv_family()
     torch.manual_seed(parallel.rank())

@@ -10,6 +10,7 @@ import yaml
 
 import fastgen
 from fastgen import recipe
+from fastgen.adversary import Adversarial
 from fastgen.config import ConfigError
 from fastgen.data import images, prompts
 from fastgen.engine import Optim
@@ -26,7 +27,7 @@ SMALL: dict[str, Any] = {
 
 LARGE: dict[str, Any] = {
     "model": {"family": "sd", "path": "t", "attention": "sdpa", "gradient_checkpointing": True, "compile": True},
-    "method": {"name": "dmd2", "guidance_scale": 3, "gan_weight": "1e-3", "gan_blocks": ["mid_block"]},
+    "method": {"name": "dmd2", "guidance_scale": 3, "adversarial": {"weight": "1e-3", "blocks": ["mid_block"]}},
     "student": {"steps": 4},
     "data": {"source": "images", "path": "pictures", "seed": 3},
     "optim": {
@@ -63,7 +64,8 @@ def test_defaults_are_those_of_each_part() -> None:
 
 def test_values_are_read_by_the_field_s_type() -> None:
     found = decode(LARGE, "run.yaml")
-    assert found.method.options == dmd2.Config(guidance_scale=3.0, gan_weight=1e-3, gan_blocks=["mid_block"])
+    term = Adversarial(weight=1e-3, critic_weight=1e-2, features="fake_score", blocks=["mid_block"])
+    assert found.method.options == dmd2.Config(guidance_scale=3.0, adversarial=term)
     assert found.data.options == images.Config("pictures", 3)
     assert found.optim["student"].lr == 1e-5
     assert found.optim["student"].betas == (0.0, 0.99)
