@@ -21,7 +21,7 @@ ALL = {p.relative_to(ROOT).as_posix(): p for p in sorted(ROOT.rglob("*.yaml"))}
 
 def kind(tree: dict[str, Any]) -> str:
     """A recipe, a training of the emoji world's own networks, or part of a recipe that other files build on."""
-    if "model" in tree:
+    if "method" in tree:
         return "recipe"
     return "world" if "pool" in tree or "optim" in tree else "part"
 

@@ -1,4 +1,6 @@
-"""Ten steps of loss of every method on the toy family, kept as JSON: ``python -m tests.golden.record`` re-records.
+"""Ten steps of loss of every method on the toy family, kept as JSON.
+
+``python -m tests.golden.record [NAME ...]`` re-records.
 
 A change that is meant to compute nothing new leaves these numbers; one that is not says in its commit why they moved.
 """
@@ -9,6 +11,7 @@ import importlib
 import json
 import pkgutil
 import platform
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -64,8 +67,8 @@ def losses(name: str, options: dict[str, Any], num_steps: int) -> list[dict[str,
 
 
 def main() -> None:
-    """Write one file a method."""
-    for name in methods():
+    """Write one file a method, of those named as arguments or of all."""
+    for name in sys.argv[1:] or methods():
         record = {
             "versions": {
                 "python": platform.python_version(),
