@@ -182,10 +182,12 @@ def open_pipeline(pipeline: Any, dtype: torch.dtype, device: torch.device | str)
     """A pipeline by folder or Hub id, through plain Diffusers; a loaded one as it is. Raises ValueError."""
     if isinstance(pipeline, str | Path):
         from diffusers import DiffusionPipeline
+        from safetensors import SafetensorError
 
+        unusable = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
         try:
             pipeline = DiffusionPipeline.from_pretrained(pipeline, dtype=dtype)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        except unusable as error:
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"{pipeline}: not a pipeline that Diffusers can open ({reason})") from None
     pipeline.set_progress_bar_config(disable=True)

@@ -138,7 +138,7 @@ def generate(
 
 @app.command()
 def evaluate(
-    target: Annotated[Path, typer.Argument(help="A run folder, or a pipeline folder (then --config says how).")],
+    target: Annotated[str, typer.Argument(help="A run folder, or a pipeline folder (then --config says how).")],
     overrides: Overrides = None,
     config: Annotated[
         Path | None, typer.Option(help="A YAML with an eval: section; the run's own if not given.")
@@ -153,24 +153,27 @@ def evaluate(
     from .config import override, read
     from .evaluation.judge import judge
 
-    is_run = (target / "config.yaml").is_file()
-    if not is_run and not (target / "model_index.json").is_file():
+    place = Path(recipes.locate(target))
+    is_run = (place / "config.yaml").is_file()
+    if not is_run and not (place / "model_index.json").is_file():
         raise ValueError(f"{target}: neither a run folder (config.yaml) nor a pipeline folder (model_index.json)")
     if config is None and not is_run:
         raise ValueError(
             f"{target}: a pipeline by itself says nothing of metrics; give --config with an eval: section"
         )
-    where = find_config(config) if config else target / "config.yaml"
+    where = find_config(config) if config else place / "config.yaml"
     tree = override(read(where), [f"eval.{text}" for text in overrides or []])
     student = True
     if is_run:
-        kept = recipes.decode(read(target / "config.yaml"), str(target / "config.yaml"))
+        kept = recipes.decode(read(place / "config.yaml"), str(place / "config.yaml"))
         student = kept.method.name != "pretrain"
         teacher = teacher or (kept.model.path if student else None)
-        folder = target / "pipeline"
+        folder = place / "pipeline"
     else:
-        folder, student = target, teacher is not None or (target / "fastgen.json").is_file()
-    out = out or target
+        folder, student = place, teacher is not None or (place / "fastgen.json").is_file()
+    if out is None and target.startswith(recipes.ASSETS):
+        raise ValueError(f"{target}: lies in the package; give --out a folder for the results")
+    out = out or place
     located = recipes.locate(teacher) if teacher else None
     rows = judge(folder, tree.get("eval", {}), str(where), located, student, out)
     if is_main():

@@ -166,6 +166,12 @@ def train(recipe: Recipe, resume: str = "auto", quick: Quick | None = None) -> P
     newest = Path(resume) if resume not in ("auto", "never") else (found[-1] if found else None)
     if newest is not None:
         checkpoint.read_state(newest)
+        here = [p.resolve() for p in found]
+        later = found[here.index(newest.resolve()) + 1 :] if newest.resolve() in here else []
+        if later:  # "auto" would go on from it next time, and so leave this branch
+            raise CheckpointError(
+                f"{run}: holds {later[-1].name}, which is newer than {newest.name}; move it away, or set another run.out"
+            )
     session = build(recipe)
     run.mkdir(parents=True, exist_ok=True)
     tree = recipes.encode(recipe)

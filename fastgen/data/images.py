@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fastgen.config import option
 from fastgen.data import Item, Source
@@ -65,12 +65,16 @@ class Images:
 def load_image(file: Path, size: tuple[int, int]) -> np.ndarray:
     """An RGB image resized to cover ``size`` (height, width) and centre-cropped: uint8 [H, W, 3].
 
-    Raises ValueError, naming the file, if it cannot be read.
+    It stands as its EXIF says, and what is transparent is white. Raises ValueError, naming the file, if it cannot be read.
     """
     height, width = size
     try:
         with Image.open(file) as opened:
-            image = opened.convert("RGB")
+            upright = ImageOps.exif_transpose(opened)
+            if upright.has_transparency_data:
+                white = Image.new("RGBA", upright.size, "white")
+                upright = Image.alpha_composite(white, upright.convert("RGBA"))
+            image = upright.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file}: not a readable image ({error}); remove or replace it") from None
     scale = max(width / image.width, height / image.height)

@@ -203,6 +203,10 @@ def test_resume_never_refuses_a_folder_with_checkpoints(world: Path, copy: Path)
 
 
 def test_a_checkpoint_may_be_named(world: Path, run: Path, copy: Path, tmp_path: Path) -> None:
+    refused = train(world, copy, resume=str(copy / "checkpoint-2"))
+    assert (refused.code, refused.out) == (2, "")
+    assert "holds checkpoint-4, which is newer than checkpoint-2; move it away, or set another run.out" in refused.err
+    shutil.rmtree(copy / "checkpoint-4")
     trained(world, copy, resume=str(copy / "checkpoint-2"))
     equal_runs(copy, run)
     other = trained(world, tmp_path / "other", resume=str(run / "checkpoint-2"))
@@ -837,6 +841,10 @@ OTHER: dict[str, tuple[Callable[[Path, Path], list[Any]], str]] = {
     "evaluate, nothing there": (
         lambda r, f: ["evaluate", f],
         r"neither a run folder \(config.yaml\) nor a pipeline folder \(model_index.json\)",
+    ),
+    "evaluate, into the package": (
+        lambda r, f: ["evaluate", "assets:emoji/teacher", "--config", "emoji/eval"],
+        r"assets:emoji/teacher: lies in the package; give --out a folder",
     ),
     "evaluate, a pipeline alone": (
         lambda r, f: ["evaluate", r / "pipeline"],

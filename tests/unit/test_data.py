@@ -162,6 +162,19 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str, colour: tuple[int, ..
     assert images.load_image(picture(tmp_path / "a.png", colour, mode=mode), SIZE).shape == (8, 8, 3)
 
 
+def test_what_is_transparent_is_white_and_an_image_stands_as_its_exif_says(tmp_path: Path) -> None:
+    picture(tmp_path / "clear.png", (1, 2, 3, 0), mode="RGBA")
+    assert images.load_image(tmp_path / "clear.png", SIZE).min() == 255
+    tall = Image.new("RGB", (8, 16))
+    tall.paste((255, 255, 255), (0, 8, 8, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise
+    tall.save(tmp_path / "turned.png", exif=exif)
+    found = images.load_image(tmp_path / "turned.png", (8, 16))
+    assert found[:, :8].min() == 255
+    assert found[:, 8:].max() == 0
+
+
 def test_a_missing_and_an_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="gone: no such image folder"):
         images.open(images.Config(str(tmp_path / "gone")), SIZE)
