@@ -170,7 +170,8 @@ def train(recipe: Recipe, resume: str = "auto", quick: Quick | None = None) -> P
         later = found[here.index(newest.resolve()) + 1 :] if newest.resolve() in here else []
         if later:  # "auto" would go on from it next time, and so leave this branch
             raise CheckpointError(
-                f"{run}: holds {later[-1].name}, which is newer than {newest.name}; move it away, or set another run.out"
+                f"{run}: holds {later[-1].name}, which is newer than {newest.name}; move it away, or set another "
+                "run.out"
             )
     session = build(recipe)
     run.mkdir(parents=True, exist_ok=True)

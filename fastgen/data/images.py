@@ -65,7 +65,8 @@ class Images:
 def load_image(file: Path, size: tuple[int, int]) -> np.ndarray:
     """An RGB image resized to cover ``size`` (height, width) and centre-cropped: uint8 [H, W, 3].
 
-    It stands as its EXIF says, and what is transparent is white. Raises ValueError, naming the file, if it cannot be read.
+    It stands as its EXIF says, and what is transparent is white. Raises ValueError, naming the file, if it cannot be
+    read.
     """
     height, width = size
     try:
