@@ -99,7 +99,8 @@ def judge(
     if student:
         card = read_card(target)
         steps = card.get("num_inference_steps")
-        label = f"{card.get('method', 'student')}, {steps} step{'s' * (steps != 1)}" if steps else "student"
+        name = card.get("method", "student")  # one without steps of its own is sampled as its teacher is
+        label = f"{name}, {steps} step{'s' * (steps != 1)}" if steps else name
         subjects.append(Subject(label, "student", str(target)))
     size = image_size(target)
     source = reference(decoded, size, where)

@@ -1,7 +1,8 @@
 """Checkpoints: safetensors and JSON in a folder that appears whole or not at all.
 
-``checkpoint-N/`` holds, for N steps done, ``<role>.safetensors`` (trained weights), ``<role>.optim.safetensors``,
-``ema.safetensors`` and ``state.json``. It is written under another name, flushed to the disk and renamed.
+``checkpoint-N/`` holds, for N steps done, ``<role>.safetensors`` (trained weights, and those that a phase moves),
+``<role>.optim.safetensors``, ``<role>.ema.safetensors`` and ``state.json``. It is written under another name, flushed
+to the disk and renamed.
 """
 
 from __future__ import annotations
@@ -57,15 +58,25 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a path beside ``path`` to write to; on leaving it is flushed and becomes ``path``.
+
+    An exception leaves ``path`` as it was.
+    """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         _flush(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all."""
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _flush(path: Path) -> None:
@@ -100,6 +111,10 @@ def save(run: Path, steps_done: int, engine: Engine, ema: Mapping[str, EMA], kee
                     if isinstance(value, Tensor)
                 }
                 save_file(moments, folder / f"{role}.optim.safetensors")
+            for role in engine.moving:
+                save_file(
+                    {k: v.contiguous() for k, v in _moving(engine, role).items()}, folder / f"{role}.safetensors"
+                )
             for role, average in ema.items():
                 save_file(average.average, folder / f"{role}.ema.safetensors")
             state = {
@@ -131,8 +146,12 @@ def load(path: Path, engine: Engine, ema: Mapping[str, EMA]) -> int:
         buffers = {f"buffer:{n}": b for n, b in engine.method.networks[role].named_buffers()}
         weights = _tensors(path / f"{role}.safetensors", {**parameters, **buffers})
         loaded.append((role, weights, _tensors(path / f"{role}.optim.safetensors")))
+    moving = {role: _tensors(path / f"{role}.safetensors", _moving(engine, role)) for role in engine.moving}
     averages = {role: _tensors(path / f"{role}.ema.safetensors", a.average) for role, a in ema.items()}
     with torch.no_grad():
+        for role, weights in moving.items():
+            for name, tensor in _moving(engine, role).items():
+                tensor.copy_(weights[name])
         for role, weights, moments in loaded:
             buffers = {f"buffer:{n}": b for n, b in engine.method.networks[role].named_buffers()}
             for name, tensor in {**engine.parameters[role], **buffers}.items():
@@ -150,6 +169,12 @@ def load(path: Path, engine: Engine, ema: Mapping[str, EMA]) -> int:
         if state["scalers"].get(name):
             scaler.load_state_dict(state["scalers"][name])
     return int(state["steps_done"])
+
+
+def _moving(engine: Engine, role: str) -> dict[str, Tensor]:
+    """All tensors of a network that no optimizer but a phase's ``after`` changes."""
+    network = engine.method.networks[role]
+    return {**{n: p.detach() for n, p in network.named_parameters()}, **dict(network.named_buffers())}
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -99,6 +99,24 @@ def shipped_configs() -> dict[str, Path]:
 
 
 @app.command()
+def pairs(
+    config: Annotated[
+        Path, typer.Argument(help="A YAML config with model:, data: (whose prompts are used) and pairs: sections.")
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Make a teacher's noise-latent pairs, once; methods kd and dmd train on them (data.source: pairs)."""
+    from .config import override, read
+
+    tree = override(read(find_config(config)), overrides or [])
+    from .pairs import decode, make
+
+    recipe = decode(tree, str(config))
+    made = make(recipe)
+    say(f"{recipe.pairs.out} holds {recipe.pairs.number} pairs, {made or 'none'} made now")
+
+
+@app.command()
 def generate(
     pipeline: Annotated[str, typer.Argument(help="A pipeline folder or Hub id.")],
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; may be given several times.")],

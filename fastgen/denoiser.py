@@ -53,13 +53,13 @@ class Denoiser:
         return replace(self, network=network)
 
 
-def guided(denoiser: Denoise, uncond: Cond, scale: float) -> Denoise:
+def guided(denoiser: Denoise, uncond: Cond, scale: float | Tensor) -> Denoise:
     """Classifier-free guidance, uncond + scale (cond - uncond) (Ho & Salimans 2022, arXiv 2207.12598).
 
-    A scale of 1.0 is no guidance and returns the denoiser itself; each other costs a second pass. ``uncond`` may hold
-    one row, which then serves the whole batch.
+    A scale of 1.0 is no guidance and returns the denoiser itself; each other costs a second pass, and so does a scale
+    for each sample, [B]. ``uncond`` may hold one row, which then serves the whole batch.
     """
-    if scale == 1.0:
+    if not isinstance(scale, Tensor) and scale == 1.0:
         return denoiser
 
     def denoise(x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
@@ -67,6 +67,7 @@ def guided(denoiser: Denoise, uncond: Cond, scale: float) -> Denoise:
         both = {name: torch.cat([cond[name], rows[name]]) for name in cond}
         out = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
         pos, neg = out.y.chunk(2)
-        return Prediction(neg + scale * (pos - neg), out.kind, out.x_t[: len(x_t)], out.at.first(len(x_t)))
+        weight = scale.to(neg).reshape(-1, *(1,) * (neg.ndim - 1)) if isinstance(scale, Tensor) else scale
+        return Prediction(neg + weight * (pos - neg), out.kind, out.x_t[: len(x_t)], out.at.first(len(x_t)))
 
     return denoise

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .denoiser import Cond, Denoiser
+from .lora import plain
 
 
 class _Enough(Exception):  # not an error: it ends a forward pass whose rest nobody needs
@@ -19,11 +20,13 @@ def features(denoiser: Denoiser, blocks: Sequence[str], x_t: Tensor, t: Tensor, 
 
     x_t: [B, ...]; t: [B] -> one [B, C, ...] per block. Raises ValueError if a name is not a module of the network.
     """
-    modules = dict(denoiser.network.named_modules())
+    modules = dict(plain(denoiser.network).named_modules())
     for name in blocks:
         if name not in modules:
-            known = ", ".join(n for n, _ in denoiser.network.named_children())
-            raise ValueError(f"no block {name!r} in {type(denoiser.network).__name__}; its children are: {known}")
+            known = ", ".join(n for n, _ in plain(denoiser.network).named_children())
+            raise ValueError(
+                f"no block {name!r} in {type(plain(denoiser.network)).__name__}; its children are: {known}"
+            )
     found: dict[str, Tensor] = {}
 
     def hook(name: str) -> Callable[[nn.Module, object, object], None]:

@@ -87,6 +87,11 @@ class Engine:
         for role in optim:
             if role not in roles:
                 raise ValueError(f"optim.{role} is given, but this method trains only {', '.join(roles)}")
+        self.moving = sorted({role for phase in method.phases for role in phase.moves})
+        for role in self.moving:
+            if role not in method.networks or role in roles:
+                raise ValueError(f"a phase moves {role!r}, which must be a network that no phase trains")
+            parallel.broadcast(method.networks[role])
         self.parameters = {
             role: {n: p for n, p in method.networks[role].named_parameters() if p.requires_grad} for role in roles
         }

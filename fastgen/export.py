@@ -20,6 +20,8 @@ import torch
 from .checkpoint import atomic_folder
 from .denoiser import Denoiser
 from .family import Family
+from .guidance import with_guidance
+from .lora import fused
 from .rng import seed_of
 from .sampling import Sampler, sample_student
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 CARD = "fastgen.json"
 """Beside model_index.json: what the student is and how it is called."""
+LORA = "pytorch_lora_weights.safetensors"
+"""The name under which Diffusers looks for a LoRA file."""
 TOLERANCE = 1e-4
 """Largest difference between pipeline and sampler, as a share of the latents' largest value, in float32."""
 HALF_TOLERANCE = 0.1
@@ -48,18 +52,20 @@ def export(
     card: dict[str, Any],
     dtype: torch.dtype = torch.float32,
     sampler: Sampler = "renoise",
+    guidance_scale: float | None = None,
 ) -> float:
     """Write ``folder`` if it passes the gate and return the largest relative difference found.
 
     num_steps: of a student; None exports a teacher, whose pipeline keeps its scheduler. dtype: of the weights on
-    disk; in half precision the gate runs again on the rounded weights. sampler: of a student. Raises ExportError.
+    disk; in half precision the gate runs again on the rounded weights. sampler: of a student. guidance_scale: of the
+    gate's call, where the network takes it as an input. Raises ExportError.
     """
     with atomic_folder(folder) as partial:
-        family.pipeline(network, num_steps, sampler).save_pretrained(partial)
-        difference = _gate(partial, family, network, num_steps, sampler, prompts, TOLERANCE)
+        family.pipeline(fused(network), num_steps, sampler).save_pretrained(partial)
+        difference = _gate(partial, family, network, num_steps, sampler, guidance_scale, prompts, TOLERANCE)
         if dtype != torch.float32:
             _halve(partial, dtype)
-            _gate(partial, family, network, num_steps, sampler, prompts, HALF_TOLERANCE)
+            _gate(partial, family, network, num_steps, sampler, guidance_scale, prompts, HALF_TOLERANCE)
         (partial / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     return difference
 
@@ -70,11 +76,12 @@ def _gate(
     network: nn.Module,
     num_steps: int | None,
     sampler: Sampler,
+    guidance_scale: float | None,
     prompts: list[str],
     tolerance: float,
 ) -> float:
     try:
-        difference = _difference(folder, family, network, num_steps, sampler, prompts)
+        difference = _difference(folder, family, network, num_steps, sampler, guidance_scale, prompts)
     except Exception as error:
         raise ExportError(
             f"not exported: the saved pipeline does not run in plain Diffusers ({_short(error)})"
@@ -88,7 +95,13 @@ def _gate(
 
 
 def _difference(
-    folder: Path, family: Family, network: nn.Module, num_steps: int | None, sampler: Sampler, prompts: list[str]
+    folder: Path,
+    family: Family,
+    network: nn.Module,
+    num_steps: int | None,
+    sampler: Sampler,
+    guidance_scale: float | None,
+    prompts: list[str],
 ) -> float:
     from diffusers import DiffusionPipeline
 
@@ -100,18 +113,21 @@ def _difference(
     noise = [torch.Generator().manual_seed(seed_of("gate", "noise")) for _ in range(2)]
     steps = num_steps or 4
     call: dict[str, Any] = {"latents": x_t.to(device), "num_inference_steps": steps, "output_type": "latent"}
+    if guidance_scale is not None:
+        call["guidance_scale"] = guidance_scale
     found = pipeline(prompts, generator=noise[0], **call).images
     if num_steps is None:
         wanted = _teacher_call(family, network, prompts, call)
     else:
         denoiser = Denoiser(network, family.denoiser.schedule, family.denoiser.kind, family.denoiser.call)
+        cond = family.encode_prompts(prompts)
         with torch.no_grad():
             wanted = sample_student(
                 denoiser,
                 denoiser.schedule,
                 x_t.to(device),
                 family.student_times(num_steps),
-                family.encode_prompts(prompts),
+                cond if guidance_scale is None else with_guidance(cond, guidance_scale),
                 sampler,
                 lambda: torch.randn(x_t.shape, generator=noise[1]).to(device),
             )
@@ -120,7 +136,7 @@ def _difference(
 
 def _teacher_call(family: Family, network: nn.Module, prompts: list[str], call: dict[str, Any]) -> torch.Tensor:
     """What the teacher's pipeline in memory gives, by the same stock call."""
-    images: torch.Tensor = family.pipeline(network, None)(prompts, **call).images
+    images: torch.Tensor = family.pipeline(fused(network), None)(prompts, **call).images
     return images
 
 
@@ -134,6 +150,87 @@ def _halve(folder: Path, dtype: torch.dtype) -> None:
             metadata = opened.metadata()
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in load_file(file).items()}
         save_file(tensors, file, metadata)
+
+
+def export_adapter(
+    pipeline: Path,
+    weights: dict[str, torch.Tensor],
+    component: str,
+    base: str | None,
+    folder: Path,
+    *,
+    num_steps: int | None,
+    prompts: list[str],
+    card: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+) -> float:
+    """Write a student's adapter alone as a LoRA file, with its scheduler, if the stock pipeline takes all of it.
+
+    The pipeline ``base`` with the file and the scheduler, called at guidance scale 1, must give what the exported
+    ``pipeline`` gives; returns the largest relative difference. weights: as ``lora.weights`` makes them for the
+    pipeline's ``component``; base None: no stock pipeline takes them, and none is tried. Raises ExportError, with the
+    keys that were dropped or added if there are any.
+    """
+    from diffusers import DiffusionPipeline
+    from safetensors.torch import save_file
+
+    with atomic_folder(folder) as partial:
+        save_file({k: v.to(dtype) for k, v in weights.items()}, partial / LORA, {"format": "pt"})
+        made = DiffusionPipeline.from_pretrained(pipeline, dtype=torch.float32)
+        made.scheduler.save_pretrained(partial / "scheduler")
+        difference = 0.0 if base is None else _on_base(made, base, partial, component, num_steps, prompts, dtype)
+        (partial / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    return difference
+
+
+def _on_base(
+    made: Any,
+    base: str,
+    folder: Path,
+    component: str,
+    num_steps: int | None,
+    prompts: list[str],
+    dtype: torch.dtype,
+) -> float:
+    """The largest relative difference between a pipeline and ``base`` with the LoRA file of a folder."""
+    from diffusers import DiffusionPipeline
+    from safetensors import safe_open
+
+    with safe_open(folder / LORA, framework="pt") as opened:
+        wanted = set(opened.keys())
+    try:
+        stock = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
+        stock.scheduler = made.scheduler
+        stock.load_lora_weights(str(folder), weight_name=LORA, adapter_name="student")
+    except Exception as error:
+        raise ExportError(f"{LORA} not written: {base} does not load it ({_short(error)})") from error
+    found = {f"{component}.{name}" for name in _adapter_keys(getattr(stock, component), "student")}
+    if found != wanted:
+        dropped, added = sorted(wanted - found), sorted(found - wanted)
+        raise ExportError(f"{LORA} not written: loading it in {base} drops {dropped[:3]} and adds {added[:3]}")
+    images = []
+    for called in (made, stock):
+        called.set_progress_bar_config(disable=True)
+        call: dict[str, Any] = {"num_inference_steps": num_steps or 4, "guidance_scale": 1.0}
+        generator = torch.Generator().manual_seed(seed_of("gate", *prompts))
+        images.append(called(prompts, generator=generator, output_type="latent", **call).images.float())
+    difference = float((images[0] - images[1]).abs().max() / images[0].abs().max().clamp(min=1e-3))
+    allowed = TOLERANCE if dtype == torch.float32 else HALF_TOLERANCE
+    if not difference <= allowed:
+        raise ExportError(
+            f"{LORA} not written: with it {base} differs from the exported pipeline by {difference:.2g} "
+            f"(allowed {allowed:g})"
+        )
+    return difference
+
+
+def _adapter_keys(network: nn.Module, adapter: str) -> set[str]:
+    """The names of an adapter's tensors, without the adapter's own."""
+    return {
+        name.replace(f".{adapter}.", ".")
+        for name, _ in network.named_parameters()
+        if ".lora_" in name and f".{adapter}." in name
+    }
 
 
 def check_pipeline(path: str | Path, wanted: str | None = None) -> None:

@@ -29,6 +29,18 @@ class MakePipeline(Protocol):
         ...
 
 
+class MakeStudent(Protocol):
+    """How a family makes a student's network."""
+
+    def __call__(self, embed_guidance: bool = False) -> nn.Module:
+        """A trainable copy of the teacher's network, safe in a stock call.
+
+        embed_guidance: it learns to take the guidance scale as an input, and is its teacher until it does. Else it has
+        what makes the stock call neither guide it twice nor give it a scale.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Family:
     """One pipeline, loaded.
@@ -40,12 +52,15 @@ class Family:
         uncond: () -> the one-row Cond that guidance subtracts.
         encode: pixels [B, 3, H, W] in [-1, 1] -> latents as the denoiser sees them.
         decode: latents -> pixels, clamped to [-1, 1].
-        student: () -> a trainable copy of the teacher's network, with what a student needs to be safe in a stock call.
-        student_times: num_steps -> the falling times of the scheduler that ``pipeline`` will ship.
+        student: a trainable copy of the teacher's network, with what a student needs to be safe in a stock call.
+        student_times: num_steps -> the falling times of the scheduler that ``pipeline`` will ship; the student meets
+            pure noise at the first, which need not be the schedule's last.
         blocks: where a discriminator can take features, shallow to deep.
         pipeline: (network, num_steps, sampler) -> the stock pipeline with this network in the teacher's place, ready
             to save; num_steps and sampler are a student's, None keeps the teacher's scheduler.
         image_size: (height, width) in pixels.
+        stock_guidance: guidance_scale of a stock call that names none; None: the pipeline cannot give it to a network.
+        component: what the pipeline calls the network, as LoRA files name it; empty: it takes no such files.
     """
 
     denoiser: Denoiser
@@ -54,8 +69,10 @@ class Family:
     uncond: Callable[[], Cond]
     encode: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
-    student: Callable[[], nn.Module]
+    student: MakeStudent
     student_times: Callable[[int], list[float]]
     blocks: Sequence[Block]
     pipeline: MakePipeline
     image_size: tuple[int, int]
+    stock_guidance: float | None = None
+    component: str = ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -18,16 +18,28 @@ Terms = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. ``x0`` is None where the data are prompts only; ``uncond`` holds one row."""
+    """One micro-batch. ``x0`` is None where the data are prompts only; ``uncond`` holds one row.
+
+    Of teacher pairs, ``x0`` is what the teacher makes of the noise ``eps``, both [B, ...], and ``path`` its state at
+    each of the method's ``path_times``; both are None for a method that does not ask for pairs.
+    """
 
     samples: Sequence[int]
     cond: Cond
     uncond: Cond
     x0: Tensor | None = None
+    eps: Tensor | None = None
+    path: Mapping[float, Tensor] | None = None
 
     def __len__(self) -> int:
         """The number of samples, B."""
         return len(self.samples)
+
+    def pairs(self) -> tuple[Tensor, Tensor, Mapping[float, Tensor]]:
+        """x0, eps and path. Raises ValueError if the samples are not teacher pairs."""
+        if self.x0 is None or self.eps is None or self.path is None:
+            raise ValueError("this batch holds no teacher pairs; train this method on data.source: pairs")
+        return self.x0, self.eps, self.path
 
 
 @dataclass(frozen=True)
@@ -54,13 +66,17 @@ def nothing() -> None:
 
 @dataclass(frozen=True)
 class Phase:
-    """One turn of a training step: at steps divisible by ``every``, ``trains`` learn from ``loss``."""
+    """One turn of a training step: at steps divisible by ``every``, ``trains`` learn from ``loss``.
+
+    ``after`` follows the update; ``moves`` names the roles it changes, which no phase trains and checkpoints keep.
+    """
 
     name: str
     trains: Sequence[str]
     loss: Callable[[Batch, Noise], Terms]
     every: int = 1
     after: Callable[[], None] = nothing
+    moves: Sequence[str] = ()
 
 
 class Trainable(Protocol):
@@ -98,4 +114,14 @@ class Method(Trainable, Protocol):
     @property
     def needs_images(self) -> bool:
         """Whether batches must hold x0."""
+        ...
+
+
+@runtime_checkable
+class NeedsPairs(Protocol):
+    """A method that trains on teacher pairs says so by having this; its batches then hold x0, eps and path."""
+
+    @property
+    def path_times(self) -> Sequence[float]:
+        """Times at which it needs the teacher's states between eps and x0; none for a student of one step."""
         ...

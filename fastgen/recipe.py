@@ -12,6 +12,7 @@ import torch
 from . import config, registry
 from .config import ConfigError, option
 from .engine import Optim
+from .lora import Lora
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Names of dtypes in configs and on the command line."""
@@ -36,6 +37,17 @@ class Student:
 
     steps: int = option(1, "calls of the student when sampling; 1, 2 and 4 are usual", low=1, high=8)
     init: str = option("", "pipeline whose network the student starts from, as the run before it; empty: the teacher")
+    # DMD2's one-step SDXL student: 0.4, which is time 399 of 1000
+    start: float = option(1.0, "share of the times at which it is called first, on pure noise", above=0, high=1)
+    lora: Lora | None = option(None, "train adapters on the frozen network; null: all of its weights")
+    share_backbone: bool = option(
+        False, "with lora: teacher, student and fake score are one network, adapters switched"
+    )
+
+    def __post_init__(self) -> None:
+        """Raise ValueError if adapters are to share a network and there are none."""
+        if self.share_backbone and self.lora is None:
+            raise ValueError("share_backbone needs adapters; add lora: {rank: 64}, or leave share_backbone out")
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,11 @@ class Noise:
         """The number of samples, B."""
         return len(self.samples)
 
+    @property
+    def step(self) -> int:
+        """The training step these numbers are for, from 0: what a curriculum goes by."""
+        return self.key[1]
+
     def _each(self, draw: Callable[[torch.Generator], Tensor], samples: Sequence[int]) -> Tensor:
         self._draws += 1
         rows = [draw(self._generator.manual_seed(seed_of(*self.key, s, self._draws))) for s in samples]

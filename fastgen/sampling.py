@@ -30,6 +30,14 @@ def renoise(pred: Prediction, r: Tensor, schedule: Schedule, eps: Callable[[], T
     return add_noise(schedule, pred.x0, eps(), r)
 
 
+def ddim_x0(x_t: Tensor, t: Tensor, x_r: Tensor, r: Tensor, schedule: Schedule) -> Tensor:
+    """The x0 with which ``ddim`` goes from x_t at t to x_r at r < t: [B, ...] (arXiv 2202.00512, app. G)."""
+    at, to = schedule(t), schedule(r)
+    shape, ratio = (-1,) + (1,) * (x_t.ndim - 1), to.sigma / at.sigma
+    scale = to.alpha - ratio * at.alpha
+    return (x_r - ratio.to(x_t).reshape(shape) * x_t) / scale.to(x_t).reshape(shape)
+
+
 Sampler = Literal["renoise", "ddim"]
 STEPS: Mapping[Sampler, Step] = {"renoise": renoise, "ddim": ddim}
 """How a student goes on from one of its times to the next, by name."""
@@ -79,12 +87,13 @@ def sample_student(
     return sample(denoiser, schedule, x_t, times, cond, STEPS[sampler], eps, end)
 
 
-def ddim_times(schedule: Schedule, num_steps: int) -> list[float]:
-    """The "trailing" grid of Diffusers' DDIM on the schedule's clock, t_max first: num_steps floats.
+def ddim_times(schedule: Schedule, num_steps: int, start: float = 1.0) -> list[float]:
+    """The "trailing" grid of Diffusers' DDIM on the schedule's clock, the last time first: num_steps floats.
 
-    On a table of T entries these are T - 1, T - 1 - T/n, ... (Lin et al. 2023, arXiv 2305.08891).
+    On a table of T entries these are T - 1, T - 1 - T/n, ... (Lin et al. 2023, arXiv 2305.08891). start: the share of
+    the times that is used, from the cleanest on.
     """
     span = schedule.t_max - schedule.t_min
     if span <= 1:
-        return [schedule.t_max - i * span / num_steps for i in range(num_steps)]
-    return [schedule.t_min + round((span + 1) * (1 - i / num_steps)) - 1.0 for i in range(num_steps)]
+        return [schedule.t_min + start * span - i * start * span / num_steps for i in range(num_steps)]
+    return [schedule.t_min + round((span + 1) * start * (1 - i / num_steps)) - 1.0 for i in range(num_steps)]

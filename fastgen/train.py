@@ -17,17 +17,18 @@ import yaml
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from . import attention, checkpoint, export, parallel, registry, tracking
+from . import attention, checkpoint, export, lora, parallel, registry, tracking
 from . import recipe as recipes
 from .checkpoint import CheckpointError
-from .data import Source
+from .data import PairSource, Source
 from .data.batches import Batches, to_uint8
 from .denoiser import guided
 from .ema import EMA
 from .engine import Engine
 from .family import Family
-from .method import Method
-from .recipe import DTYPES, Recipe
+from .guidance import student_guidance, with_guidance
+from .method import Method, NeedsPairs
+from .recipe import DTYPES, Model, Recipe
 from .rng import Noise
 from .sampling import ddim, ddim_times, sample, sample_student
 
@@ -37,6 +38,11 @@ GRID = 16
 """Pictures in a sample grid."""
 TEACHER_STEPS = 30
 """DDIM steps of a sample grid where a teacher is trained."""
+USE = (
+    "load_lora_weights on base_model, take the scheduler of this folder, and call with guidance_scale 1: "
+    "unlike the exported pipeline, a plain teacher does not skip guidance by itself"
+)
+"""What the card of a LoRA file says."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,12 @@ class Session:
         cond = family.encode_prompts(prompts)
         rng = Noise(samples, self.recipe.run.seed, 0, "images", self.device)
         x_t = rng.normal(family.latent_shape)
+        scale = student_guidance(self.method)
+        if scale is not None:
+            cond = with_guidance(cond, scale)
         if self.method.num_steps is None:
-            denoise = guided(denoiser, family.uncond(), self.recipe.run.sample_guidance)
+            # what takes the scale as an input is not guided by it a second time
+            denoise = guided(denoiser, family.uncond(), self.recipe.run.sample_guidance if scale is None else 1.0)
             x0 = sample(denoise, denoiser.schedule, x_t, ddim_times(denoiser.schedule, TEACHER_STEPS), cond, ddim)
         else:
             times = family.student_times(self.method.num_steps)
@@ -82,35 +92,53 @@ class Session:
         return to_uint8(family.decode(x0)).cpu()
 
 
+def load_teacher(model: Model, precision: str, device: torch.device, start: float = 1.0) -> tuple[Family, ModuleType]:
+    """The family of ``model.path`` and its module. start: of its students. Raises ValueError on anything unusable."""
+    autocast = None if precision == "fp32" else DTYPES[precision]
+    path, module = recipes.locate(model.path), registry.find("family", model.family)
+    export.check_pipeline(path, vars(module).get("PIPELINE"))
+    with export.opening(path):
+        return module.load(path, device, autocast, start), module
+
+
 def build(recipe: Recipe, device: torch.device | None = None) -> Session:
     """Load the teacher, make the method's networks, open the data. Raises ValueError on anything unusable."""
     from accelerate import PartialState
 
     device = device or PartialState().device
     run, model = recipe.run, recipe.model
-    autocast = None if run.precision == "fp32" else DTYPES[run.precision]
-    path, module = recipes.locate(model.path), registry.find("family", model.family)
-    export.check_pipeline(path, vars(module).get("PIPELINE"))
-    with export.opening(path):
-        family: Family = module.load(path, device, autocast)
+    family, module = load_teacher(model, run.precision, device, recipe.student.start)
+    source: Source = registry.find("source", recipe.data.name).open(recipe.data.options, family.image_size)
+    if isinstance(source, PairSource):
+        source.check(model.family, family)  # while the teacher's network is as it was loaded
     if recipe.student.init:
         family = started_from(family, module, recipe.student.init, device)
+    if recipe.student.lora:
+        family = lora.adapted(family, recipe.student.lora, recipe.student.share_backbone)
     torch.manual_seed(run.seed)  # what a method initialises at random, before rank 0's weights go to all
     method: Method = registry.find("method", recipe.method.name).Method(
         recipe.method.options, family, recipe.student.steps
     )
     for network in method.networks.values():
         network.to(device)
-    kind: Any = type(family.denoiser.network)  # what a method adds, such as a discriminator, is of another class
-    denoisers = [network for network in method.networks.values() if isinstance(network, kind)]
-    used = attention.set_attention(denoisers, model.attention, device)
+    if recipe.student.lora and adapter_of(method) is None:
+        raise ValueError(
+            f"student.lora: method {recipe.method.name!r} trains {method.exported!r} without adapters; leave it out"
+        )
+    kind: Any = type(lora.plain(family.denoiser.network))  # what a method adds, a discriminator, is of another class
+    denoisers: list[Any] = [n for n in method.networks.values() if isinstance(lora.plain(n), kind)]
+    used = attention.set_attention([lora.plain(n) for n in denoisers], model.attention, device)
     for network in denoisers if model.gradient_checkpointing else ():
         network.enable_gradient_checkpointing()
+    if model.compile and recipe.student.share_backbone:
+        raise ValueError(
+            "model.compile would compile anew at each switch of adapters; leave out student.share_backbone"
+        )
     if model.compile:
         for network in denoisers:
-            network.compile()
-    source: Source = registry.find("source", recipe.data.name).open(recipe.data.options, family.image_size)
-    batches = Batches(source, family, method.needs_images, run.cache_latents)
+            lora.plain(network).compile()
+    path_times = method.path_times if isinstance(method, NeedsPairs) else None
+    batches = Batches(source, family, method.needs_images, run.cache_latents, path_times)
     ema_of = {method.exported: EMA(method.networks[method.exported], run.ema)} if run.ema else {}
     engine = Engine(
         method,
@@ -133,14 +161,20 @@ def started_from(family: Family, module: ModuleType, path: str, device: torch.de
     with export.opening(place):
         weights = module.load(place, device).denoiser.network.state_dict()
 
-    def student() -> nn.Module:
-        network = family.student()
+    def student(embed_guidance: bool = False) -> nn.Module:
+        network = family.student(embed_guidance)
         own = network.state_dict()
         differing = sorted(k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape)
         missing = sorted(own.keys() - weights.keys() - {k for k in own if not own[k].any()})
         if differing or missing or weights.keys() - own.keys():
             wrong = (differing or missing or sorted(weights.keys() - own.keys()))[0]
             raise ValueError(f"student.init {path}: its network is not the teacher's shape at {wrong!r}")
+        zero = {k for k, p in network.named_parameters() if not p.requires_grad and not p.any()}
+        for name in sorted(k for k in zero & weights.keys() if weights[k].any()):
+            raise ValueError(
+                f"student.init {path}: its network takes the guidance scale as an input ({name}), which this student "
+                "does not; choose another, or a method with guidance.embed"
+            )
         network.load_state_dict(weights, strict=False)
         return network
 
@@ -273,7 +307,7 @@ def sample_prompts(session: Session) -> list[str]:
 
 
 def export_run(session: Session, folder: Path) -> None:
-    """Write the exported network as a pipeline, through the gate."""
+    """Write the exported network as a pipeline, through the gate; beside it an adapter alone, if it is one."""
     recipe, method = session.recipe, session.method
     card: dict[str, Any] = {"method": recipe.method.name, "base_model": recipe.model.path}
     if method.num_steps is not None:
@@ -282,6 +316,9 @@ def export_run(session: Session, folder: Path) -> None:
             "guidance_scale": 1.0,
             "times": session.family.student_times(method.num_steps),
         }
+    scale = student_guidance(method)
+    if scale is not None:
+        card["guidance_scale"] = scale
     network = method.networks[method.exported]
     network.eval()
     with session.weights():
@@ -294,8 +331,44 @@ def export_run(session: Session, folder: Path) -> None:
             card=card,
             dtype=DTYPES[recipe.run.save_dtype],
             sampler=method.sampler,
+            guidance_scale=scale,
         )
     log.info("exported %s; reloaded by Diffusers it differs from the trainer's sampler by %.1e", folder, difference)
+    adapter = adapter_of(method)
+    if adapter is not None and session.family.component:
+        with session.weights():
+            export_adapter(session, adapter, folder, card)
+
+
+def export_adapter(session: Session, adapter: lora.View, pipeline: Path, card: dict[str, Any]) -> None:
+    """Write the adapter alone beside the exported ``pipeline``, into ``lora``; card: the pipeline's."""
+    recipe, method, component = session.recipe, session.method, session.family.component
+    folder = pipeline.with_name("lora" if pipeline.name == "pipeline" else f"{pipeline.name}-lora")
+    base = recipe.student.init or recipe.model.path
+    stock = student_guidance(method) is None
+    card = card | {"base_model": base, "lora": {"rank": adapter.lora.rank, "scale": 1.0}}
+    if stock:
+        card |= {"guidance_scale": 1.0, "use": USE}
+    else:
+        card |= {"use": "fastgen.lora.loaded: stock pipelines of base_model have no place for its guidance scale"}
+    difference = export.export_adapter(
+        pipeline,
+        lora.weights(adapter, component),
+        component,
+        recipes.locate(base) if stock else None,
+        folder,
+        num_steps=method.num_steps,
+        prompts=sample_prompts(session)[:2],
+        card=card,
+        dtype=DTYPES[recipe.run.save_dtype],
+    )
+    log.info("exported %s; on its base it differs from the pipeline by %.1e", folder, difference)
+
+
+def adapter_of(method: Method) -> lora.View | None:
+    """The exported network as a view of its adapter; None where it is trained whole."""
+    network = method.networks[method.exported]
+    return network if isinstance(network, lora.View) and network.adapter is not None else None
 
 
 def write_grid(images: Tensor, path: Path, scale: int = 4) -> None:
@@ -319,7 +392,7 @@ def write_grid(images: Tensor, path: Path, scale: int = 4) -> None:
 
 
 @contextlib.contextmanager
-def progress(total: int, done: int) -> Iterator[Any]:
+def progress(total: int, done: int, title: str = "training", unit: str = "step") -> Iterator[Any]:
     """A bar with rate and time left on the main process of a terminal; a line a minute elsewhere."""
     from rich.console import Console
     from rich.progress import (
@@ -337,7 +410,7 @@ def progress(total: int, done: int) -> Iterator[Any]:
         return
     if console.is_terminal:
         columns = (
-            TextColumn("training"),
+            TextColumn(title),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
@@ -346,11 +419,11 @@ def progress(total: int, done: int) -> Iterator[Any]:
             TextColumn("{task.fields[loss]}"),
         )
         with Progress(*columns, console=console) as bar:
-            task = bar.add_task("training", total=total, completed=done, loss="", rate="")
+            task = bar.add_task(title, total=total, completed=done, loss="", rate="")
 
             def advance(logs: dict[str, float]) -> None:
                 speed = bar.tasks[0].speed
-                rate = f"{speed:.2f} steps/s" if speed else ""
+                rate = f"{speed:.2f} {unit}s/s" if speed else ""
                 bar.update(task, advance=1, loss=_short(logs), rate=rate)
 
             yield advance
@@ -364,7 +437,8 @@ def progress(total: int, done: int) -> Iterator[Any]:
             last[0] = now
             rate = count[0] / (now - began)
             left = (total - done - count[0]) / rate
-            log.info("step %d/%d %.2f steps/s, %d s left %s", done + count[0], total, rate, left, _short(logs))
+            of = f"{unit} {done + count[0]}/{total} {rate:.2f} {unit}s/s"
+            log.info("%s, %d s left %s", of, left, _short(logs))
 
     yield line
 

@@ -1,14 +1,16 @@
 """Stable Diffusion 1.x and 2.x: ``StableDiffusionPipeline`` with a discrete variance-preserving schedule.
 
 Both prediction types. A student leaves as the same class with ``LCMScheduler(original_inference_steps=N)``, whose
-saved config alone yields the trained times and which refuses more than N steps, and with a zero guidance embedding
-in the U-Net (``time_cond_proj_dim``), which makes the stock pipeline skip classifier-free guidance whatever
-``guidance_scale`` says.
+saved config alone yields the trained times and which refuses more than N steps, and with a guidance embedding in the
+U-Net (``time_cond_proj_dim``), which makes the stock pipeline skip classifier-free guidance whatever
+``guidance_scale`` says. The embedding is zero, so that the scale does nothing, or learnt, so that it does what
+guidance by it would.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,24 +28,45 @@ from fastgen.schedule import TabulatedVP
 
 PIPELINE = "StableDiffusionPipeline"
 GUIDANCE_EMBEDDING = 32
-"""Width of the guidance embedding; its projection is zero, so it only tells the pipeline to skip guidance."""
+"""Width of the guidance embedding. Where its projection is zero it only tells the pipeline to skip guidance."""
 
 _KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
 def call(network: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    """x_t: [B, C, H, W]; t: [B] timesteps; cond: text [B, L, D] -> y: [B, C, H, W]."""
-    return network(x_t, t.float(), encoder_hidden_states=cond["text"], return_dict=False)[0]
+    """x_t: [B, C, H, W]; t: [B] timesteps; cond: text [B, L, D], perhaps guidance [B] -> y: [B, C, H, W]."""
+    embedded = None
+    if "guidance" in cond:
+        config: Any = network.config
+        embedded = guidance_embedding(cond["guidance"], config.time_cond_proj_dim)
+    return network(x_t, t.float(), encoder_hidden_states=cond["text"], timestep_cond=embedded, return_dict=False)[0]
 
 
-def load(path: str | Path, device: torch.device | str = "cpu", autocast: torch.dtype | None = None) -> Family:
-    """Load a pipeline folder or a Hub id. Weights are float32; ``autocast`` is what the denoisers compute in."""
+def guidance_embedding(scale: Tensor, width: int) -> Tensor:
+    """What the stock pipelines make of guidance_scale: [B] -> [B, width]: sinusoids of 1000 (scale - 1)."""
+    half = width // 2
+    # in float32 step by step as they do, since a phase of thousands shows the last bit
+    rates = torch.exp(torch.arange(half, dtype=torch.float32) * -(torch.tensor(10000.0).log() / (half - 1)))
+    phase = (1000 * (scale.double() - 1).float())[:, None] * rates.to(scale.device)
+    return nn.functional.pad(torch.cat([phase.sin(), phase.cos()], 1), (0, width % 2))
+
+
+def load(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    autocast: torch.dtype | None = None,
+    start: float = 1.0,
+) -> Family:
+    """Load a pipeline folder or a Hub id. Weights are float32; ``autocast`` is what the denoisers compute in.
+
+    start: the share of the times at which students are called first.
+    """
     pipeline = StableDiffusionPipeline.from_pretrained(path, dtype=torch.float32, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
-    return wrap(pipeline.to(device), autocast)
+    return wrap(pipeline.to(device), autocast, start)
 
 
-def wrap(pipeline: StableDiffusionPipeline, autocast: torch.dtype | None = None) -> Family:
+def wrap(pipeline: StableDiffusionPipeline, autocast: torch.dtype | None = None, start: float = 1.0) -> Family:
     """The family of a pipeline that is already in memory. Raises ValueError if its scheduler is not understood."""
     config = pipeline.scheduler.config
     if not hasattr(pipeline.scheduler, "alphas_cumprod"):
@@ -87,7 +110,7 @@ def wrap(pipeline: StableDiffusionPipeline, autocast: torch.dtype | None = None)
         parts = dict(pipeline.components)
         parts["unet"] = network
         if num_steps is not None:
-            parts["scheduler"] = student_scheduler(pipeline.scheduler, num_steps, sampler)
+            parts["scheduler"] = student_scheduler(pipeline.scheduler, num_steps, sampler, start)
         made = StableDiffusionPipeline(**parts, requires_safety_checker=False)
         made.set_progress_bar_config(disable=True)
         return made
@@ -99,16 +122,18 @@ def wrap(pipeline: StableDiffusionPipeline, autocast: torch.dtype | None = None)
         uncond=lambda: encode_prompts([""]),
         encode=encode,
         decode=decode,
-        student=lambda: student(unet),
-        student_times=lambda n: _times(student_scheduler(pipeline.scheduler, n), n),
+        student=lambda embed_guidance=False: student(unet, embed_guidance),
+        student_times=lambda n: _times(student_scheduler(pipeline.scheduler, n, start=start), n),
         blocks=_blocks(unet, height),
         pipeline=with_network,
         image_size=(height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor),
+        stock_guidance=inspect.signature(StableDiffusionPipeline.__call__).parameters["guidance_scale"].default,
+        component="unet",
     )
 
 
-def student(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A trainable copy with a zero, frozen guidance embedding, also where the teacher's is not zero."""
+def student(unet: UNet2DConditionModel, embed_guidance: bool = False) -> UNet2DConditionModel:
+    """A trainable copy whose guidance embedding is zero, frozen or to be learnt, even where the teacher's is not."""
     if unet.config.time_cond_proj_dim is not None:
         result = copy.deepcopy(unet)
     else:
@@ -123,20 +148,24 @@ def student(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     result.requires_grad_(True)
     projection = result.time_embedding.cond_proj
     nn.init.zeros_(projection.weight)
-    projection.requires_grad_(False)
+    projection.requires_grad_(embed_guidance)
     return result
 
 
-def student_scheduler(teacher: Any, num_steps: int, sampler: Sampler = "renoise") -> LCMScheduler | TCDScheduler:
+def student_scheduler(
+    teacher: Any, num_steps: int, sampler: Sampler = "renoise", start: float = 1.0
+) -> LCMScheduler | TCDScheduler:
     """The scheduler shipped with a student of ``num_steps``; more steps than that are an error at the call.
 
     LCM's boundary scaling is raised until c_skip vanishes in float32, so that each step uses x0 itself. TCD at the
-    pipeline's own default, eta 0, keeps the predicted noise: DDIM on the same times.
+    pipeline's own default, eta 0, keeps the predicted noise: DDIM on the same times. A start below 1 cuts the table
+    of betas after that share: what remains is the teacher's noise to the bit, and the scheduler's first time, at which
+    the stock pipeline feeds pure noise, is its last. Raises ValueError if fewer times remain than steps.
     """
     # all of the teacher's values: what it left at its class's default, from_config would take for LCM's
     config = {key: value for key, value in teacher.config.items() if key != "_use_default_values"}
     cls = {"renoise": LCMScheduler, "ddim": TCDScheduler}[sampler]
-    return cls.from_config(
+    made = cls.from_config(
         config,
         original_inference_steps=num_steps,
         timestep_scaling=1e4,
@@ -144,6 +173,13 @@ def student_scheduler(teacher: Any, num_steps: int, sampler: Sampler = "renoise"
         thresholding=False,
         rescale_betas_zero_snr=False,
     )
+    count = len(made.betas)
+    left = round(start * count)
+    if left == count:
+        return made
+    if left < num_steps:
+        raise ValueError(f"student.start {start:g} leaves {left} of {count} times for {num_steps} steps; raise it")
+    return cls.from_config(made.config, num_train_timesteps=left, trained_betas=made.betas[:left].tolist())
 
 
 def _times(scheduler: LCMScheduler, num_steps: int) -> list[float]:

@@ -26,6 +26,8 @@ from fastgen.rng import Noise, seed_of
 from fastgen.sampling import Sampler, ddim_times
 from fastgen.schedule import Flow, Level, Schedule, TabulatedVP
 
+PATH = (749.0, 499.0, 249.0)
+"""Times at which the toy's data have states between noise and x0."""
 CAPTIONS = ("", "left", "right")
 """What the toy families can be asked for; the first is the empty caption."""
 
@@ -87,7 +89,10 @@ class Gaussian:
 
 
 def call(network: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    return network(x_t, t, cond["label"])
+    label = cond["label"]
+    if "guidance" in cond:  # as many columns again, which are 0 at scale 1
+        label = torch.cat([label, label * (cond["guidance"].to(label)[:, None] - 1)], 1)
+    return network(x_t, t, label)
 
 
 def labels(captions: Sequence[str], dtype: torch.dtype = torch.float32) -> Cond:
@@ -140,10 +145,15 @@ class Map(nn.Module):
 class Affine(nn.Module):
     """x0 = shift + scale x_t for each caption and each quarter of the clock, given as a prediction of any kind."""
 
-    def __init__(self, schedule: Schedule, kind: Kind, shift: float = 0.0, scale: float = 1.0) -> None:
+    def __init__(
+        self, schedule: Schedule, kind: Kind, shift: float = 0.0, scale: float = 1.0, embed_guidance: bool = False
+    ) -> None:
         super().__init__()
         self.shift = nn.Parameter(torch.full((4, len(CAPTIONS)), shift))
         self.scale = nn.Parameter(torch.full((4, len(CAPTIONS)), scale))
+        if embed_guidance:
+            wide = [nn.Parameter(F.pad(p.data, (0, len(CAPTIONS)))) for p in (self.shift, self.scale)]
+            self.shift, self.scale = wide
         self.schedule, self.kind = schedule, kind
 
     def quarter(self, t: Tensor) -> Tensor:
@@ -161,10 +171,10 @@ class Affine(nn.Module):
 class Conv(nn.Module):
     """A small network with named blocks, for what a Gaussian has no features for."""
 
-    def __init__(self, channels: int = 2, width: int = 16) -> None:
+    def __init__(self, channels: int = 2, width: int = 16, embed_guidance: bool = False) -> None:
         super().__init__()
         self.enter = nn.Conv2d(channels, width, 3, 1, 1)
-        self.label = nn.Linear(len(CAPTIONS), width)
+        self.label = nn.Linear(len(CAPTIONS) * (1 + embed_guidance), width)
         self.time = nn.Linear(2, width)
         self.down = nn.Sequential(nn.Conv2d(width, width, 3, 2, 1), nn.SiLU())
         self.mid = nn.Sequential(nn.Conv2d(width, width, 3, 1, 1), nn.SiLU())
@@ -184,11 +194,13 @@ def gaussian_family(
     kind: Kind = "v",
     shape: Sequence[int] = (2, 2, 2),
     student: Callable[[], nn.Module] | None = None,
+    start: float = 1.0,
 ) -> Family:
-    """A family whose teacher is exact and whose student is affine."""
+    """A family whose teacher is exact and whose student is affine. start: share of the times it is called from."""
     schedule = schedule or sd_schedule()
     teacher = Gaussians(means, stds, schedule, kind).requires_grad_(False)
-    return _family(Denoiser(teacher, schedule, kind, call), shape, student or (lambda: Affine(schedule, kind)), [])
+    student = student or (lambda embed_guidance=False: Affine(schedule, kind, embed_guidance=embed_guidance))
+    return _family(Denoiser(teacher, schedule, kind, call), shape, student, [], start)
 
 
 def conv_family(seed: int = 0, kind: Kind = "v") -> Family:
@@ -197,9 +209,11 @@ def conv_family(seed: int = 0, kind: Kind = "v") -> Family:
     torch.manual_seed(seed)
     network = Conv().requires_grad_(False)
 
-    def student() -> nn.Module:
-        copy = Conv()
-        copy.load_state_dict(network.state_dict())
+    def student(embed_guidance: bool = False) -> nn.Module:
+        copy, state = Conv(embed_guidance=embed_guidance), network.state_dict()
+        if embed_guidance:
+            state["label.weight"] = F.pad(state["label.weight"], (0, len(CAPTIONS)))
+        copy.load_state_dict(state)
         return copy
 
     blocks = [Block("down", 16, 4), Block("mid", 16, 4)]
@@ -220,7 +234,13 @@ class Pipeline:
         save_file(tensors, Path(folder) / "toy.safetensors")
 
 
-def _family(teacher: Denoiser, shape: Sequence[int], student: Callable[[], nn.Module], blocks: list[Block]) -> Family:
+def _family(
+    teacher: Denoiser,
+    shape: Sequence[int],
+    student: Callable[[], nn.Module],
+    blocks: list[Block],
+    start: float = 1.0,
+) -> Family:
     size = (8, 8)
     return Family(
         denoiser=teacher,
@@ -230,15 +250,16 @@ def _family(teacher: Denoiser, shape: Sequence[int], student: Callable[[], nn.Mo
         encode=lambda pixels: pixels.flatten(1)[:, : math.prod(shape)].reshape(-1, *shape),
         decode=lambda latents: latents.flatten(1).mean(1).clamp(-1, 1)[:, None, None, None].expand(-1, 3, *size),
         student=student,
-        student_times=lambda n: ddim_times(teacher.schedule, n),
+        student_times=lambda n: ddim_times(teacher.schedule, n, start),
         blocks=blocks,
         pipeline=Pipeline,
         image_size=size,
+        stock_guidance=7.5,
     )
 
 
 class Samples:
-    """The toy's data, addressed by number: captions in turn, and x0 from each caption's Gaussian."""
+    """The toy's data, addressed by number: captions in turn, x0 from each caption's Gaussian, and its pair's noise."""
 
     def __init__(
         self,
@@ -252,14 +273,19 @@ class Samples:
 
     def batch(self, samples: Sequence[int]) -> Batch:
         names = [self.captions[s % len(self.captions)] for s in samples]
-        return Batch(list(samples), labels(names), labels([""]), self._x0(samples, names) if self.images else None)
-
-    def _x0(self, samples: Sequence[int], names: Sequence[str]) -> Tensor:
-        rows = []
-        for s, name in zip(samples, names, strict=True):
-            z = torch.randn(self.shape, generator=torch.Generator().manual_seed(seed_of("data", s)))
-            rows.append(self.means[CAPTIONS.index(name)] + self.stds[CAPTIONS.index(name)] * z)
-        return torch.stack(rows)
+        if not self.images:
+            return Batch(list(samples), labels(names), labels([""]))
+        eps = torch.stack(
+            [torch.randn(self.shape, generator=torch.Generator().manual_seed(seed_of("data", s))) for s in samples]
+        )
+        shape = (-1,) + (1,) * len(self.shape)
+        rows = [CAPTIONS.index(name) for name in names]
+        mean, std = (torch.tensor([values[i] for i in rows]).reshape(shape) for values in (self.means, self.stds))
+        path = {}
+        for t in PATH:  # where the probability flow from eps, taken for all noise, is at t
+            at = sd_schedule()(torch.full((len(rows),), t)).like(eps)
+            path[t] = at.alpha * mean + ((at.alpha * std).square() + at.sigma.square()).sqrt() * eps
+        return Batch(list(samples), labels(names), labels([""]), mean + std * eps, eps, path)
 
 
 @dataclass

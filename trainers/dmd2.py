@@ -14,32 +14,34 @@
 Departures from the reference code: the critic's student samples are drawn anew and not shared with the student
 phase (one more student pass a cycle, and either phase can be read alone); the normaliser is clamped at 1e-5 and a
 non-finite gradient stops the run, where the reference writes zeros; the weights can be averaged (EMA). Features are
-taken from the blocks the family names, each with a head of its own.
+taken from the blocks the family names, each with a head of its own. With the teacher's features (NVlabs/FastGen) only
+the heads learn from the discriminator's loss. The one-step SDXL student is called at t = 399: ``student.start: 0.4``;
+it was warmed up on teacher pairs first, as method ``kd`` does before ``student.init``.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastgen import losses, rollout, times
-from fastgen.adversary import Adversarial, Adversary
+from fastgen import adversary, losses, rollout, times
+from fastgen.adversary import Adversarial
 from fastgen.config import option, section
 from fastgen.denoiser import guided
 from fastgen.family import Family
 from fastgen.method import About, Batch, Phase, Terms
 from fastgen.rng import Noise
+from fastgen.rollout import Rollout
 from fastgen.sampling import Sampler
 from fastgen.schedule import add_noise
 
 ABOUT = About(
     paper="Improved Distribution Matching Distillation for Fast Image Synthesis",
     arxiv="2405.14867",
-    needs=("prompts", "images (adversarial, from_data)"),
+    needs=("prompts", "images (adversarial, rollout data)"),
     steps=range(1, 9),
 )
 
@@ -50,8 +52,9 @@ class Config:
 
     guidance_scale: float = option(7.5, "of the teacher; 1.0 is off", low=1)
     student_every: int = option(5, "critic updates per student update; below 4 they oscillate", low=1)
-    rollout: Literal["backward_simulation", "from_data"] = option(
-        "backward_simulation", "what a few-step student is trained on: its own chain, or noised real images"
+    rollout: Rollout = option(
+        "simulate",
+        "what the student is trained on: its own chain, noised real images (data), or pure noise (one step)",
     )
     t_low: float = option(0.02, "smallest t of the student's loss, as a share of the times", low=0, below=1)
     t_high: float = option(0.98, "largest t of the student's loss, as a share of the times", above=0, high=1)
@@ -71,7 +74,7 @@ class Method:
             raise ValueError(f"t_low {config.t_low:g} must be below t_high {config.t_high:g}")
         self.config, self.num_steps = config, num_steps
         self.shape, self.times = family.latent_shape, family.student_times(num_steps)
-        self.needs_images = config.adversarial.weight > 0 or (config.rollout == "from_data" and num_steps > 1)
+        self.needs_images = rollout.needs_images(config.rollout, num_steps) or config.adversarial.weight > 0
         self.teacher = family.denoiser
         self.student = self.teacher.with_network(family.student())
         self.fake_score = self.teacher.with_network(copy.deepcopy(self.teacher.network).requires_grad_(True))
@@ -81,10 +84,8 @@ class Method:
             "fake_score": self.fake_score.network,
         }
         critic = ["fake_score"]
-        self.adversary = None
-        if config.adversarial.weight > 0:
-            backbone = self.teacher if config.adversarial.features == "teacher" else self.fake_score
-            self.adversary = Adversary(config.adversarial, family, backbone)
+        self.adversary = adversary.make(config.adversarial, family, self.teacher, self.fake_score)
+        if self.adversary:
             self.networks["discriminator"] = self.adversary.heads
             critic.append("discriminator")
         self.phases = (
@@ -119,8 +120,5 @@ class Method:
 
     def generate(self, batch: Batch, rng: Noise) -> Tensor:
         """The student's x0, [B, ...], at a random one of its times."""
-        if self.config.rollout == "from_data" and batch.x0 is not None:
-            x_t, t = rollout.from_data(self.student, rng, batch.x0, self.times)
-        else:
-            x_t, t = rollout.backward_simulation(self.student, rng, self.shape, self.times, batch.cond)
+        x_t, t = rollout.inputs(self.config.rollout, self.student, rng, self.shape, self.times, batch.cond, batch.x0)
         return self.student(x_t, t, batch.cond).x0

@@ -6,11 +6,14 @@ method trains on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
+from torch import Tensor
+
+from ..family import Family
 
 
 @dataclass(frozen=True)
@@ -44,4 +47,21 @@ class Source(Protocol):
 
     def item(self, index: int) -> Item:
         """Item number ``index``, 0 or more; past the end the source goes round, shuffled anew."""
+        ...
+
+
+@runtime_checkable
+class PairSource(Source, Protocol):
+    """A source whose items are pairs of noise and what a teacher made of it."""
+
+    def check(self, family: str, teacher: Family) -> None:
+        """Raise ValueError unless this teacher, of the family of this name, made the pairs."""
+        ...
+
+    def check_path(self, times: Sequence[float]) -> None:
+        """Raise ValueError unless the teacher's states at these times are kept."""
+        ...
+
+    def pairs(self, indices: Sequence[int], times: Sequence[float]) -> tuple[Tensor, Tensor, Mapping[float, Tensor]]:
+        """Of these items: x0, eps and, by time, the states between: [B, ...] each, float32."""
         ...

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..denoiser import Cond
 from ..family import Family
 from ..method import Batch
-from . import Source
+from . import PairSource, Source
 
 _CACHED_PROMPTS = 4096  # of SD 1.5 these are 1 GiB of embeddings
 
@@ -19,10 +19,29 @@ _CACHED_PROMPTS = 4096  # of SD 1.5 these are 1 GiB of embeddings
 class Batches:
     """Batches of a source, encoded by a family. A prompt is encoded once; so is an image, if ``cache`` is given."""
 
-    def __init__(self, source: Source, family: Family, images: bool, cache: bool = False) -> None:
-        """images: whether the method needs them. Raises ValueError if it does and the source has none."""
+    def __init__(
+        self,
+        source: Source,
+        family: Family,
+        images: bool,
+        cache: bool = False,
+        path_times: Sequence[float] | None = None,
+    ) -> None:
+        """images: whether the method needs them. path_times: of a method that needs pairs; None: it needs none.
+
+        Raises ValueError if the source does not have what the method needs.
+        """
         if images and not source.has_images:
             raise ValueError("this method needs images and the data source has prompts only; use data.source: images")
+        self._pairs: PairSource | None = None
+        if path_times is not None:
+            if not isinstance(source, PairSource):
+                raise ValueError(
+                    "this method needs teacher pairs and the data source has none; make them by `fastgen pairs` and "
+                    "use data: {source: pairs, path: THEIR FOLDER}"
+                )
+            source.check_path(path_times)
+            self._pairs, self._times = source, list(path_times)
         self._source, self._family, self._images, self._cache = source, family, images, cache
         self._conds: dict[str, Cond] = {}
         self._latents: dict[int, Tensor] = {}
@@ -43,7 +62,12 @@ class Batches:
         if not self._cache:
             self._latents.clear()
             self._prompts.clear()
-        return Batch(list(samples), self._cond(prompts), self._uncond, x0)
+        if self._pairs is None:
+            return Batch(list(samples), self._cond(prompts), self._uncond, x0)
+        device = next(iter(self._uncond.values())).device
+        x0, eps, path = self._pairs.pairs(known, self._times)
+        path = {t: x_t.to(device) for t, x_t in path.items()}
+        return Batch(list(samples), self._cond(prompts), self._uncond, x0.to(device), eps.to(device), path)
 
     def _cond(self, prompts: Sequence[str]) -> Cond:
         new = sorted({p for p in prompts if p not in self._conds})

@@ -259,7 +259,8 @@ VARIANTS = {
         "method.adversarial.weight=1e-3",
         "optim.discriminator={lr: 1e-3}",
     ],
-    "from data": ["data.source=images", "data.path=IMAGES", "method.rollout=from_data", "student.steps=2"],
+    "from data": ["data.source=images", "data.path=IMAGES", "method.rollout=data", "student.steps=2"],
+    "earlier start": ["student.start=0.4"],
     "schedule": ["optim.student={lr: 1e-3, schedule: cosine, warmup: 1, betas: [0.0, 0.99], clip: 0}"],
     "tensorboard": ["run.trackers=[tensorboard]"],
     "pretrain": ["data.source=images", "data.path=IMAGES", "run.cache_latents=true", "run.sample_guidance=2"],
@@ -286,6 +287,7 @@ def test_every_kind_of_run_trains_and_exports(world: Path, tmp_path: Path, name:
     card = json.loads((out / "pipeline" / "fastgen.json").read_text())
     steps = {"two steps": 2, "from data": 2, "four steps": 4, "pretrain": None}.get(name, 1)
     assert card.get("num_inference_steps") == steps
+    assert steps != 1 or card["times"] == [399.0 if name == "earlier start" else 999.0]
     image = package.load(out / "pipeline")("a dog", **({} if steps else {"num_inference_steps": 2})).images[0]
     assert image.size == (16, 16)
 
@@ -507,7 +509,7 @@ def test_help_is_complete(name: str, found: Any) -> None:
 
 
 def test_all_commands_are_there() -> None:
-    assert {"train", "generate", "evaluate", "export", "list", "doctor"} <= {name for name, _ in commands()}
+    assert {"train", "pairs", "generate", "evaluate", "export", "list", "doctor"} <= {name for name, _ in commands()}
     assert fastgen().code == 2 or "Usage" in fastgen().out
 
 
@@ -615,7 +617,10 @@ BAD: dict[str, tuple[Callable[[Path, Path], list[Any]], str]] = {
     "out of range": (lambda w, f: [w / "run.yaml", "run.ema=1.5"], r"run.ema must be below 1, got 1.5"),
     "missing section": (lambda w, f: [edited(w, f, optim=None)], r"edited.yaml: optim is missing"),
     "not an override": (lambda w, f: [w / "run.yaml", "steps"], r"override 'steps' is not of the form key.key=value"),
-    "method": (lambda w, f: [edited(w, f, method={"name": "dmd"})], r"unknown method 'dmd'; did you mean 'dmd2'\?"),
+    "method": (
+        lambda w, f: [edited(w, f, method={"name": "dmd22"})],
+        r"unknown method 'dmd22'; did you mean 'dmd2'\?",
+    ),
     "family": (lambda w, f: [w / "run.yaml", "model.family=sdx"], r"unknown family 'sdx'"),
     "source": (lambda w, f: [edited(w, f, data={"source": "image"})], r"unknown source 'image'; .*'images'\?"),
     "metric": (

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fastgen import config, recipe
+from fastgen import config, pairs, recipe
 from fastgen.emoji import world
 from fastgen.evaluation import judge
 from fastgen.train import build
@@ -20,13 +21,16 @@ ALL = {p.relative_to(ROOT).as_posix(): p for p in sorted(ROOT.rglob("*.yaml"))}
 
 
 def kind(tree: dict[str, Any]) -> str:
-    """A recipe, a training of the emoji world's own networks, or part of a recipe that other files build on."""
+    """A recipe, pairs to make, a training of the emoji world's own networks, or part of what other files build on."""
     if "method" in tree:
         return "recipe"
+    if "pairs" in tree:
+        return "pairs"
     return "world" if "pool" in tree or "optim" in tree else "part"
 
 
 RECIPES = [name for name, path in ALL.items() if kind(config.read(path)) == "recipe"]
+ON_PAIRS = [name for name in RECIPES if config.read(ALL[name])["data"]["source"] == "pairs"]
 
 
 def test_there_are_configs() -> None:
@@ -45,6 +49,8 @@ def test_it_decodes(name: str) -> None:
     if kind(tree) == "recipe":
         decoded = recipe.decode(tree, name)
         assert recipe.decode(recipe.encode(decoded), name) == decoded
+    if kind(tree) == "pairs":
+        assert pairs.decode(tree, name).pairs.number > 0
     if kind(tree) == "world":
         assert config.decode(world.Recipe, tree, name).steps > 0
     if "eval" in tree:
@@ -69,10 +75,44 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return command.teacher(tmp_path_factory.mktemp("teacher") / "teacher", sample_size=16)
 
 
+@pytest.fixture(scope="module")
+def made(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A few pairs by each config that makes some, by its name, with the tiny pipeline as the teacher."""
+    folders = {}
+    for name, path in ALL.items():
+        tree = config.read(path)
+        if kind(tree) == "pairs":
+            folders[name] = tmp_path_factory.mktemp("pairs") / "pairs"
+            decoded = pairs.decode(tree, name)
+            small = replace(decoded.pairs, out=str(folders[name]), number=6, batch_size=6)
+            pairs.make(replace(decoded, model=replace(decoded.model, path=str(teacher)), pairs=small))
+    return folders
+
+
+@pytest.mark.parametrize("name", ON_PAIRS)
+def test_pairs_that_are_not_made_yet_name_the_command_and_that_makes_them(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = command.fastgen("train", ALL[name])
+    told = re.fullmatch(
+        r"fastgen: \S+: holds no teacher pairs; `fastgen pairs (\S+) pairs.out=(\S+)` makes them\n", result.err
+    )
+    assert result.code == 2
+    assert told, result.err
+    maker = pairs.decode(config.read(ALL[f"{told[1]}.yaml"]), told[1])
+    assert maker.pairs.out == told[2] == config.read(ALL[name])["data"]["path"]
+    assert maker.model.path == config.read(ALL[name])["model"]["path"]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.filterwarnings("ignore:a prompt of")  # the tiny tokenizer knows few words, so captions get long
 @pytest.mark.parametrize("name", RECIPES)
-def test_it_builds_and_each_phase_takes_a_step(name: str, teacher: Path) -> None:
+def test_it_builds_and_each_phase_takes_a_step(name: str, teacher: Path, request: pytest.FixtureRequest) -> None:
     decoded = recipe.decode(config.read(ALL[name]), name)
+    if decoded.data.name == "pairs":
+        folder = request.getfixturevalue("made")[f"{decoded.data.options.made_by}.yaml"]
+        decoded = replace(decoded, data=replace(decoded.data, options=replace(decoded.data.options, path=str(folder))))
     small = replace(
         decoded,
         model=replace(decoded.model, path=str(teacher), compile=False),

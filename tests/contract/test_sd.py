@@ -29,7 +29,7 @@ from fastgen.discriminator import Heads, features
 from fastgen.export import ExportError, export
 from fastgen.family import Family
 from fastgen.pipelines import sd
-from fastgen.sampling import ddim, ddim_times, renoise, sample, sample_student
+from fastgen.sampling import Sampler, ddim, ddim_times, renoise, sample, sample_student
 from tests import tiny
 
 PROMPTS = ["a red apple", "a dog left of a cat"]
@@ -476,3 +476,68 @@ def test_a_ddim_student_ships_a_scheduler_of_the_same_times_that_ends_at_the_cle
     close(ours, call(shipped, num_steps, latents=start))
     with pytest.raises(ValueError, match="original"):
         call(shipped, num_steps + 1)
+
+
+# A student that starts at another time than the last
+
+
+@pytest.mark.parametrize("sampler", ["renoise", "ddim"])
+@pytest.mark.parametrize(("num_steps", "times"), [(1, [399]), (2, [399, 199]), (4, [399, 299, 199, 99])])
+def test_an_earlier_start_is_in_the_scheduler_that_ships(sampler: Sampler, num_steps: int, times: list[int]) -> None:
+    """A shorter table: the times follow from the saved config alone, and the noise at each is the teacher's."""
+    pipeline = tiny.pipeline("v_prediction")
+    family = sd.wrap(pipeline, start=0.4)
+    assert family.student_times(num_steps) == times
+    shipped = family.pipeline(family.student(), num_steps, sampler).scheduler
+    shipped.set_timesteps(num_steps)
+    assert shipped.timesteps.tolist() == times
+    assert shipped.init_noise_sigma == 1
+    assert torch.equal(shipped.alphas_cumprod, pipeline.scheduler.alphas_cumprod[:400])
+    assert family.denoiser.schedule.t_max == 999  # the teacher's own times stay
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "num_steps", "sampler"),
+    [("epsilon", 1, "renoise"), ("v_prediction", 2, "renoise"), ("epsilon", 2, "ddim")],
+)
+def test_a_student_of_an_earlier_start_passes_the_gate_and_feeds_pure_noise_at_that_time(
+    prediction_type: str, num_steps: int, sampler: Sampler, tmp_path: Path
+) -> None:
+    family = sd.wrap(tiny.pipeline(prediction_type), start=0.4)
+    network = perturbed(family)
+    folder = tmp_path / "pipeline"
+    assert export(family, network, num_steps, folder, prompts=PROMPTS, card={}, sampler=sampler) <= TOLERANCE
+    pipeline, seen = DiffusionPipeline.from_pretrained(folder), []
+    pipeline.unet.register_forward_pre_hook(lambda _, args, kwargs: seen.append(args), with_kwargs=True)
+    images = call(pipeline, num_steps, 3)
+    x_t, t = seen[0][:2]
+    assert t == 399
+    assert torch.equal(x_t, torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3)))
+    if sampler == "renoise":
+        close(few_steps(family, network, num_steps, 3, PROMPTS), images)
+    later = sd.wrap(tiny.pipeline(prediction_type)).pipeline(network, num_steps, sampler)
+    assert (call(later, num_steps, 3) - images).abs().max() > 100 * TOLERANCE
+    with pytest.raises(ValueError, match="original"):
+        call(pipeline, num_steps + 1)
+
+
+def test_the_first_of_a_full_table_s_calls_at_399_is_that_of_the_short_one() -> None:
+    """As DMD2's card calls its one-step student: LCMScheduler with timesteps=[399]."""
+    pipeline = tiny.pipeline("epsilon")
+    short, full = sd.wrap(pipeline, start=0.4), sd.wrap(pipeline)
+    network = perturbed(short)
+    g = torch.Generator().manual_seed(3)
+    reference = full.pipeline(network, 1)(PROMPTS, timesteps=[399], generator=g, output_type="latent").images
+    close(call(short.pipeline(network, 1), 1, 3), reference)
+
+
+def test_a_start_without_enough_times_is_refused() -> None:
+    family = sd.wrap(tiny.pipeline(), start=0.003)
+    assert family.student_times(3) == [2, 1, 0]
+    with pytest.raises(ValueError, match=r"student\.start 0\.003 leaves 3 of 1000 times for 4 steps; raise it"):
+        family.student_times(4)
+
+
+def test_loading_hands_the_start_on(tmp_path: Path) -> None:
+    tiny.pipeline().save_pretrained(tmp_path)
+    assert sd.load(tmp_path, start=0.4).student_times(1) == [399]

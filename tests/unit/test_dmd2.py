@@ -61,6 +61,7 @@ def distil(
     schedule: Schedule | None = None,
     kind: Kind = "v",
     updates: int = 240,
+    start: float = 1.0,
 ) -> list[tuple[float, float]]:
     """Train through the engine; the mean and deviation of samples for "left" and for "right"."""
     schedule = schedule or sd_schedule()
@@ -69,7 +70,7 @@ def distil(
         if student is Affine
         else (lambda: Map((0.0,) * 3, (1.0,) * 3, schedule, kind))
     )
-    family = gaussian_family(MEANS, stds, schedule, kind, SHAPE, made)
+    family = gaussian_family(MEANS, stds, schedule, kind, SHAPE, made, start)
     method = Method(Config(guidance_scale=guidance_scale), family, num_steps)
     steps = updates * method.config.student_every
     settings = Optim(lr=0.03, schedule="linear", betas=(0.0, 0.99), weight_decay=0.0)
@@ -109,6 +110,13 @@ def test_a_two_step_student_trained_on_its_own_chain_does_too() -> None:
 
 def test_on_rectified_flow_it_does_too() -> None:
     (m1, s1), (m2, s2) = distil(Map, 2, schedule=Flow(), kind="flow")
+    assert (m1, m2) == pytest.approx((1.0, -0.5), abs=0.03)
+    assert (s1, s2) == pytest.approx((0.5, 0.3), abs=0.03)
+
+
+def test_a_student_called_at_an_earlier_time_is_trained_there_on_pure_noise() -> None:
+    """As DMD2's one-step student of SDXL, at t = 399; the affine student is free at each quarter of the times."""
+    (m1, s1), (m2, s2) = distil(Affine, 1, start=0.4)
     assert (m1, m2) == pytest.approx((1.0, -0.5), abs=0.03)
     assert (s1, s2) == pytest.approx((0.5, 0.3), abs=0.03)
 
@@ -320,6 +328,47 @@ def test_the_student_s_adversarial_gradient_comes_through_the_fake_score_s_featu
     assert all(g is not None and g.abs().max() > 0 for g in found)
 
 
+@pytest.mark.parametrize("source", ["teacher", "fake_score"])
+def test_the_critic_s_adversarial_loss_teaches_the_heads_and_the_fake_score_only_where_it_is_read(source: str) -> None:
+    """With the teacher's features the term has no gradient in the fake score; else in what lies below the block."""
+    options = Adversarial(0.5, 0.5, source, ["down"])  # type: ignore[arg-type]
+    method = conv_method(adversarial=options, guidance_scale=1.0)
+    terms = method.critic_loss(CONV.batch(range(4)), noise(phase="critic"))
+    heads = list(adversary(method).heads.parameters())
+    assert all(g.abs().max() > 0 for g in torch.autograd.grad(terms["gan"].sum(), heads, retain_graph=True))
+    fake = dict(method.fake_score.network.named_parameters())
+    found = torch.autograd.grad(terms["gan"].sum(), list(fake.values()), allow_unused=True)
+    reached = {name.split(".")[0] for name, g in zip(fake, found, strict=True) if g is not None}
+    assert reached == ({"enter", "label", "time", "down"} if source == "fake_score" else set())
+    assert not any(p.requires_grad for p in method.teacher.network.parameters())
+
+
+@pytest.mark.parametrize("source", ["teacher", "fake_score"])
+def test_the_student_s_adversarial_gradient_is_that_through_the_backbone_it_names(source: str) -> None:
+    """d logits / d x0 by the chain through the noised sample, the frozen features and the heads; teacher and fake
+    score differ, so that the one cannot pass for the other."""
+    options = Adversarial(0.5, 0.5, source, ["mid"])  # type: ignore[arg-type]
+    method = conv_method(adversarial=options, guidance_scale=1.0)
+    with torch.no_grad():
+        for p in method.fake_score.network.parameters():
+            p += 0.1
+    batch, rng = CONV.batch(range(4)), noise()
+    found = gradients(method, method.student_loss(batch, noise())["gan"].sum())
+    x0 = method.generate(batch, rng)
+    rng.uniform()
+    rng.normal((2, 8, 8))  # the distribution-matching loss's
+    backbone = method.teacher if source == "teacher" else method.fake_score
+    t = times.uniform(rng, backbone.schedule)
+    leaf = x0.detach().requires_grad_()
+    x_t = add_noise(backbone.schedule, leaf, rng.normal((2, 8, 8)), t)
+    logits = adversary(method).heads(features(backbone, ["mid"], x_t, t, batch.cond))
+    (slope,) = torch.autograd.grad(0.5 * losses.gan_generator(logits).sum(), leaf)
+    assert slope.abs().max() > 0
+    for g, expected in zip(found, gradients(method, (x0 * slope).sum()), strict=True):
+        torch.testing.assert_close(g, expected, rtol=1e-4, atol=1e-7)
+    assert all(p.grad is None for p in method.teacher.network.parameters())
+
+
 def test_the_heads_learn_to_tell_real_from_fake() -> None:
     family = conv_family()
     method = Method(Config(adversarial=gan(1e-3, 1.0), guidance_scale=1.0, student_every=1000), family, 1)
@@ -340,9 +389,9 @@ def test_blocks_are_the_ones_named_or_the_deepest() -> None:
 # What the student is called on
 
 
-def test_with_from_data_a_few_step_student_needs_images_and_a_one_step_student_does_not() -> None:
-    assert conv_method(2, rollout="from_data").needs_images
-    assert not conv_method(1, rollout="from_data").needs_images
+def test_with_data_a_few_step_student_needs_images_and_a_one_step_student_does_not() -> None:
+    assert conv_method(2, rollout="data").needs_images
+    assert not conv_method(1, rollout="data").needs_images
 
 
 def inputs_of_student(method: Method, batch: Batch, steps: range) -> dict[float, Tensor]:
@@ -351,17 +400,33 @@ def inputs_of_student(method: Method, batch: Batch, steps: range) -> dict[float,
     method.student.network.register_forward_pre_hook(lambda _, args: seen.append((args[0], args[1])))
     found = {}
     for step in steps:
-        method.critic_loss(batch, noise(step, "critic"))
+        method.critic_loss(batch, noise(step, "critic", len(batch)))
         x_t, t = seen[-1]
         found[t[0].item()] = x_t
     return found
 
 
-def test_from_data_gives_noised_images_and_backward_simulation_does_not() -> None:
+@pytest.mark.parametrize("rollout", ["simulate", "data", "noise"])
+@pytest.mark.parametrize("start", [1.0, 0.4])
+def test_a_one_step_student_is_called_on_pure_noise_at_its_first_time(rollout: str, start: float) -> None:
+    family = gaussian_family(shape=SHAPE, start=start)
+    method = Method(Config(rollout=rollout), family, 1)  # type: ignore[arg-type]
+    ((t, x_t),) = inputs_of_student(method, Samples(SHAPE).batch(range(100)), range(1)).items()
+    assert t == 1000 * start - 1
+    assert x_t.mean().item() == pytest.approx(0, abs=0.1)
+    assert x_t.std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_pure_noise_alone_cannot_train_the_later_calls() -> None:
+    with pytest.raises(ValueError, match=r"rollout noise trains only the first of 2 calls; choose simulate or data"):
+        conv_method(2, rollout="noise")
+
+
+def test_data_gives_noised_images_and_simulation_does_not() -> None:
     batch = CONV.batch(range(4))
     assert batch.x0 is not None
     batch = replace(batch, x0=torch.full_like(batch.x0, 50.0))
-    data = inputs_of_student(conv_method(2, rollout="from_data"), batch, range(8))
+    data = inputs_of_student(conv_method(2, rollout="data"), batch, range(8))
     chain = inputs_of_student(conv_method(2), batch, range(8))
     assert set(data) == set(chain) == {999.0, 499.0}
     assert data[499.0].mean() > 20

@@ -104,7 +104,7 @@ def test_a_recipe_survives_yaml(tree: dict[str, Any]) -> None:
         ("student", {"steps": 9}, "student.steps must be at most 8, got 9"),
         ("method", "dmd2", "method must be a mapping with 'name', got 'dmd2'"),
         ("method", {}, "method must be a mapping with 'name', got {}"),
-        ("method.name", "dmd", "method.name: unknown method 'dmd'; did you mean 'dmd2'?"),
+        ("method.name", "dmd22", "method.name: unknown method 'dmd22'; did you mean 'dmd2'?"),
         ("method.name", "..x", "method.name: no package specified for '..x'"),
         ("data", None, "data must be a mapping with 'source', got None"),
         ("data.source", "prompt", "data.source: unknown source 'prompt'; did you mean 'prompts'?"),

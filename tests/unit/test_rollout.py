@@ -9,7 +9,7 @@ from torch import Tensor
 from fastgen.denoiser import Cond, Denoiser
 from fastgen.prediction import Prediction
 from fastgen.rng import Noise
-from fastgen.rollout import backward_simulation, from_data, from_noise
+from fastgen.rollout import backward_simulation, from_data, from_noise, inputs, needs_images
 from fastgen.sampling import renoise, sample
 from fastgen.schedule import add_noise
 from tests.oracle import Affine, call, labels, sd_schedule
@@ -117,3 +117,25 @@ def test_from_data_noises_real_data_and_the_first_time_takes_pure_noise(step: in
     assert rng.shared_integer(4) == depth(t)
     eps = rng.normal(SHAPE)
     assert torch.equal(x_in, eps if depth(t) == 0 else add_noise(student().schedule, x0, eps, t))
+
+
+def test_a_rollout_is_chosen_by_name() -> None:
+    x0 = torch.full((4, *SHAPE), 5.0)
+    for step in range(8):
+        chain = backward_simulation(student(), noise(step), SHAPE, TIMES, cond())
+        data = from_data(student(), noise(step), x0, TIMES)
+        pure = from_noise(noise(step), SHAPE, TIMES)
+        for name, expected in (("simulate", chain), ("data", data), ("noise", pure)):
+            found = inputs(name, student(), noise(step), SHAPE, TIMES, cond(), x0)  # type: ignore[arg-type]
+            assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+
+
+def test_a_single_call_needs_no_images_and_pure_noise_trains_no_more_than_one() -> None:
+    assert [needs_images(name, 1) for name in ("simulate", "data", "noise")] == [False] * 3
+    assert [needs_images(name, 4) for name in ("simulate", "data")] == [False, True]
+    message = "rollout noise trains only the first of 4 calls; choose simulate or data, or student.steps 1"
+    with pytest.raises(ValueError, match=message):
+        needs_images("noise", 4)
+    x_in, t = inputs("data", student(), noise(0), SHAPE, TIMES[:1], cond())
+    assert torch.equal(x_in, backward_simulation(student(), noise(0), SHAPE, TIMES[:1], cond())[0])
+    assert t.tolist() == [999] * 4

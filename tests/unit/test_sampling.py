@@ -204,3 +204,11 @@ def test_a_consistency_map_sampled_deterministically_is_wrong() -> None:
     x_t = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
     x0 = sample(Exact(schedule, WORLD.consistency), schedule, x_t, [999, 749, 499, 249], NO_COND, ddim, none)
     assert x0.diff(dim=0).abs().item() / 2 > 1.3 * WORLD.std
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
+def test_an_earlier_start_is_the_same_grid_on_the_first_part_of_the_times(num_steps: int) -> None:
+    reference = DDIMScheduler(num_train_timesteps=400, timestep_spacing="trailing")
+    reference.set_timesteps(num_steps)
+    assert ddim_times(sd_schedule(), num_steps, 0.4) == reference.timesteps.tolist()
+    assert ddim_times(Flow(), num_steps, 0.4) == pytest.approx([0.4 * t for t in ddim_times(Flow(), num_steps)])

@@ -188,7 +188,12 @@ def test_never_refuses_a_folder_with_checkpoints(unbroken: Path, tmp_path: Path)
 def test_a_checkpoint_may_be_named(unbroken: Path, tmp_path: Path) -> None:
     """Of this run or of another; later rows are dropped and made anew."""
     run = Path(shutil.copytree(unbroken, tmp_path / "run"))
-    train.train(settings(run), str(run / "checkpoint-4"))
+    with pytest.raises(CheckpointError, match="holds checkpoint-8, which is newer than checkpoint-4; move it away"):
+        train.train(settings(run), str(run / "checkpoint-4"))
+    for later in checkpoint.all_checkpoints(run)[1:]:
+        shutil.rmtree(later)
+    first = checkpoint.all_checkpoints(run)[0]
+    train.train(settings(run), str(first))
     assert rows(run) == rows(unbroken)
     train.train(settings(tmp_path / "other"), str(unbroken / "checkpoint-6"))
     for name in ("student", "student.ema", "fake_score"):
