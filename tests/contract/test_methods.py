@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from fastgen import checkpoint, config
+from fastgen import checkpoint, config, lora
 from fastgen.ema import EMA
 from fastgen.engine import Engine, NonFiniteLoss
 from fastgen.family import Family
@@ -176,6 +176,26 @@ def balanced(method: Any, role: str) -> set[str]:
     if role != "discriminator" or options is None or options.loss != "hinge":
         return set()
     return {f"heads.{i}.{len(head) - 1}.bias" for i, head in enumerate(method.networks[role].heads)}
+
+
+@pytest.mark.parametrize("share", [False, True], ids=["apart", "shared"])
+@pytest.mark.parametrize(("name", "variant"), [case for case in CASES if case[0] != "pretrain"])
+def test_its_student_may_be_adapters_and_its_teacher_the_same_network(name: str, variant: str, share: bool) -> None:
+    """All that a phase trains moves, and nothing else; the frozen network is the teacher's own tensors still."""
+    family = conv_family()
+    own = {key: value.clone() for key, value in family.denoiser.network.state_dict().items()}
+    options, num_steps = record.variants(name)[variant]
+    method = record.make(name, options, lora.adapted(family, lora.Lora(rank=2), share), num_steps)
+    student = method.networks[method.exported]
+    assert isinstance(student, lora.View)
+    assert all(".lora_" in key for key in student.state_dict())
+    before = states(method)
+    engine = Engine(method, build(name, variant, "toy")[1], optims(method, lr=1e-3), batch_size=2, steps=100)
+    train(engine, [0, period(method)])
+    after = states(method)
+    moving = {role for phase in method.phases for role in phase.moves}
+    assert {role for role in before if not same(before[role], after[role])} == {*trained(method), *moving}
+    assert same(own, family.denoiser.network.state_dict())
 
 
 def period(method: Any) -> int:
