@@ -118,7 +118,11 @@ def evaluate(
     if reference.has_images:
         start = count if has_second_draw else 0
         add(_real_row(reference, config, context, start, with_fid=has_second_draw))
-        _compare(out, DATA, "data", config, prompts, lambda i: _real(reference, range(i, i + 1))[0])
+
+        def real(i: int) -> Tensor | None:  # every process could make it, so one does
+            return _real(reference, range(i, i + 1))[0] if parallel.rank() == 0 else None
+
+        _compare(out, DATA, "data", config, prompts, real)
     loaded: tuple[Any, Any] = (None, None)
     for subject in subjects:
         if loaded[0] is None or loaded[0] != subject.pipeline:
