@@ -182,10 +182,8 @@ def shard(
     """The tensors of the pairs of these numbers, in the dtype to be stored."""
     chosen, dtype = recipe.pairs, DTYPES[recipe.pairs.dtype]
     schedule, parts = family.denoiser.schedule, []
-    teacher, times = (
-        guided(family.denoiser, family.uncond(), chosen.guidance_scale),
-        ddim_times(schedule, chosen.num_steps),
-    )
+    teacher = guided(family.denoiser, family.uncond(), chosen.guidance_scale)
+    times = ddim_times(schedule, chosen.num_steps)
     for first in range(numbers.start, numbers.stop, chosen.batch_size):
         some = range(first, min(first + chosen.batch_size, numbers.stop))
         eps = Noise(some, chosen.seed, 0, "pairs", device).normal(family.latent_shape).to(dtype)

@@ -48,7 +48,7 @@ ABOUT = About(
     paper="Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models",
     arxiv="2410.11081",
     needs=("prompts", "images"),
-    steps=range(1, 9),
+    steps=(1, 2, 4, 5, 8),  # on a table of 1000 times 3, 6 and 7 do not begin at the last
 )
 
 
@@ -91,11 +91,7 @@ class Method:
 
     def __init__(self, config: Config, family: Family, num_steps: int) -> None:
         """Copy the teacher. num_steps: calls of the student when sampling."""
-        first, last = family.student_times(num_steps)[0], family.denoiser.schedule.t_max
-        if first < last:
-            raise ValueError(
-                f"a consistency student meets pure noise at time {last:g}, not {first:g}; set student.start 1"
-            )
+        times.check_start(family.denoiser.schedule, family.student_times(num_steps), family.denoiser.schedule.t_max)
         self.config, self.num_steps, self.shape = config, num_steps, family.latent_shape
         self.teacher = family.denoiser
         self.student = self.teacher.with_network(config.guidance.student(family))
@@ -109,11 +105,9 @@ class Method:
 
     def student_loss(self, batch: Batch, rng: Noise) -> Terms:
         """-> {"scm", "gan"}: each [B]; "scm" is |g / (|g| + floor)|^2, near 1 until the tangent is small."""
-        if batch.x0 is None:
-            raise ValueError("scm needs images; this data source has prompts only")
         share = min(1.0, rng.step / self.config.warmup) if self.config.warmup else 1.0
         eps, t, scale = rng.normal(self.shape), self.draw(rng), self.config.guidance.draw(rng)
-        v, g = self.tangent(batch, batch.x0, eps, t, scale, share)
+        v, g = self.tangent(batch, batch.images("scm"), eps, t, scale, share)
         step = losses.normalised(g, self.config.floor)
         terms = {"scm": math.prod(self.shape) * losses.mse(v, (v + step).detach())}
         if self.adversary:
@@ -144,8 +138,7 @@ class Method:
         """The student's x0 for the adversarial term, [B, ...]: from noised images, a share of them at t_max."""
         schedule, t = self.teacher.schedule, self.draw(rng)
         t = torch.where(rng.uniform() < self.config.max_time, schedule.t_max, t)
-        assert batch.x0 is not None
-        x_t = add_noise(schedule, batch.x0, rng.normal(self.shape), t)
+        x_t = add_noise(schedule, batch.images("scm"), rng.normal(self.shape), t)
         cond = self.config.guidance.cond(batch.cond, self.config.guidance.draw(rng))
         return self.student(x_t, t, cond).x0
 

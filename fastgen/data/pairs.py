@@ -113,9 +113,8 @@ def write_shard(file: Path, tensors: Mapping[str, Tensor], prompts: Sequence[str
     stored = {name: value.cpu().contiguous() for name, value in sorted(tensors.items())}
     texts = {"prompts": list(prompts), "digest": _digest(stored, prompts)}
     with checkpoint.atomic_file(file) as partial:
-        save_file(
-            stored, partial, {"pairs": json.dumps(texts)}
-        )  # one key: the file's bytes follow no order of several
+        # one key: the file's bytes follow no order of several
+        save_file(stored, partial, {"pairs": json.dumps(texts)})
 
 
 def open_shard(file: Path, card: Card, rows: int) -> tuple[Any, list[str], str]:
