@@ -138,11 +138,10 @@ class Adversary:
         """
 
         def loss(batch: Batch, rng: Noise) -> Terms:
-            if batch.x0 is None:
-                raise ValueError("the adversarial term needs images; this data source has prompts only")
+            real = batch.images("the adversarial term")
             with torch.no_grad():
                 fake = generate(batch, rng)
-            return {"gan": self.discriminator(batch.x0, fake, batch.cond, rng)}
+            return {"gan": self.discriminator(real, fake, batch.cond, rng)}
 
         return Phase("discriminator", ["discriminator"], loss)
 

@@ -53,6 +53,11 @@ class Denoiser:
         return replace(self, network=network)
 
 
+def unconditional(uncond: Cond, cond: Cond) -> Cond:
+    """``uncond`` for as many samples as ``cond`` holds; it may hold one row, which then serves them all."""
+    return {name: uncond[name].expand_as(value) for name, value in cond.items()}
+
+
 def guided(denoiser: Denoise, uncond: Cond, scale: float | Tensor) -> Denoise:
     """Classifier-free guidance, uncond + scale (cond - uncond) (Ho & Salimans 2022, arXiv 2207.12598).
 
@@ -63,7 +68,7 @@ def guided(denoiser: Denoise, uncond: Cond, scale: float | Tensor) -> Denoise:
         return denoiser
 
     def denoise(x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
-        rows = {name: value.expand_as(cond[name]) for name, value in uncond.items()}
+        rows = unconditional(uncond, cond)
         both = {name: torch.cat([cond[name], rows[name]]) for name in cond}
         out = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
         pos, neg = out.y.chunk(2)

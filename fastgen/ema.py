@@ -9,6 +9,12 @@ import torch
 from torch import Tensor, nn
 
 
+@torch.no_grad()
+def follow(target: nn.Module, source: nn.Module, decay: float) -> None:
+    """Move a network's parameters towards another's of the same shape: decay target + (1 - decay) source."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - decay)
+
+
 class EMA:
     """Averages in float32; the decay warms up as min(decay, (1 + n) / (10 + n)) so that the start is forgotten."""
 

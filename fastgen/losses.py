@@ -76,12 +76,6 @@ def sid(x0: Tensor, real: Tensor, fake: Tensor, correction: float) -> Tensor:
     return per_sample(gap * (real - x0 - correction * gap) / dmd_size(x0, real))
 
 
-def onward(before: Level, after: Level) -> tuple[Tensor, Tensor]:
-    """(ratio, added) of the forward process between two levels: x_t = ratio x_r + added eps has the law of x_t."""
-    ratio = after.alpha / before.alpha
-    return ratio, (after.sigma.square() - (ratio * before.sigma).square()).clamp(min=0).sqrt()
-
-
 def interval_target(kind: Kind, x_t: Tensor, eps: Tensor, added: Tensor, at: Level) -> Tensor:
     """What a fake score of x_t = ratio x_r + added eps regresses on where x_r is not clean: [B, ...].
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from .denoiser import Cond
@@ -35,11 +36,25 @@ class Batch:
         """The number of samples, B."""
         return len(self.samples)
 
+    def images(self, user: str) -> Tensor:
+        """x0. Raises ValueError, naming the user, if the data are prompts only."""
+        if self.x0 is None:
+            raise ValueError(f"{user} needs images; this data source has prompts only")
+        return self.x0
+
     def pairs(self) -> tuple[Tensor, Tensor, Mapping[float, Tensor]]:
         """x0, eps and path. Raises ValueError if the samples are not teacher pairs."""
         if self.x0 is None or self.eps is None or self.path is None:
             raise ValueError("this batch holds no teacher pairs; train this method on data.source: pairs")
         return self.x0, self.eps, self.path
+
+
+def drop_captions(batch: Batch, drop: Tensor) -> Cond:
+    """The batch's cond with the empty caption's row where ``drop``: [B] is true."""
+    return {
+        name: torch.where(drop.reshape(-1, *(1,) * (value.ndim - 1)), batch.uncond[name].to(value), value)
+        for name, value in batch.cond.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -120,15 +120,19 @@ class TabulatedVP:
         return (u.double() * len(self.alphas_cumprod)).floor().clamp(0, self.t_max)
 
 
+def onward(before: Level, after: Level) -> tuple[Tensor, Tensor]:
+    """(ratio, added) of the forward process between two levels: x_t = ratio x_r + added eps has the law of x_t."""
+    ratio = after.alpha / before.alpha
+    return ratio, (after.sigma.square() - (ratio * before.sigma).square()).clamp(min=0).sqrt()
+
+
 def add_more_noise(schedule: Schedule, x_r: Tensor, eps: Tensor, r: Tensor, t: Tensor) -> Tensor:
     """The forward process from r on to t >= r: x_r, eps: [B, ...]; r, t: [B] -> x_t: [B, ...].
 
     x_t = (alpha_t / alpha_r) x_r + sqrt(sigma_t^2 - (alpha_t sigma_r / alpha_r)^2) eps, whose law given x0 is that of
     ``add_noise`` where x_r's is.
     """
-    before, after = schedule(r), schedule(t)
-    ratio = after.alpha / before.alpha
-    added = (after.sigma.square() - (ratio * before.sigma).square()).clamp(min=0).sqrt()
+    ratio, added = onward(schedule(r), schedule(t))
     shape = (-1,) + (1,) * (x_r.ndim - 1)
     return ratio.to(x_r).reshape(shape) * x_r + added.to(x_r).reshape(shape) * eps
 

@@ -69,6 +69,16 @@ def grid(schedule: Schedule, intervals: int) -> list[float]:
     return ddim_times(schedule, min(intervals, int(span) + 1) if span > 1 else intervals)
 
 
+def check_start(schedule: Schedule, student_times: Sequence[float], lowest: float) -> None:
+    """Raise ValueError if a student trained to begin at pure noise is first called below ``lowest``."""
+    first = student_times[0]
+    if first < lowest:
+        raise ValueError(
+            f"this student meets pure noise at time {schedule.t_max:g}, not {first:g}; set student.start 1, and "
+            "student.steps to a number whose times begin there, such as 1, 2, 4 or 8"
+        )
+
+
 def solver_grid(schedule: Schedule, student_times: Sequence[float], steps: int) -> list[float]:
     """The falling times of a solver of at least ``steps`` steps, t_min last, the student's own times among them.
 
@@ -76,11 +86,8 @@ def solver_grid(schedule: Schedule, student_times: Sequence[float], steps: int) 
     T - 1 - T/n, ..., 0), and for more the same one where ``steps`` is a multiple of them. Raises ValueError if the
     schedule has too few times, or if the student starts where pure noise is not what the solver would be at.
     """
-    first = student_times[0]
-    if first < schedule.t_min + 0.99 * (schedule.t_max - schedule.t_min):  # 7 steps of 1000 start at 993
-        raise ValueError(
-            f"a consistency student meets pure noise at time {schedule.t_max:g}, not {first:g}; set student.start 1"
-        )
+    # 7 steps of 1000 start at 993
+    check_start(schedule, student_times, schedule.t_min + 0.99 * (schedule.t_max - schedule.t_min))
     table = schedule.t_max - schedule.t_min > 1  # whose last interval, as Diffusers has it, ends one entry below
     ends = [*student_times[1:], schedule.t_min - (1.0 if table else 0.0)]
     count = -(-steps // len(student_times))

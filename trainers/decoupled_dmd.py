@@ -23,16 +23,16 @@ The fake score learns in its network's own parameterisation and not by the error
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastgen import adversary, losses, rollout, times
+from fastgen import adversary, fake_score, losses, rollout, times
 from fastgen.adversary import Adversarial
 from fastgen.config import option, section
+from fastgen.denoiser import unconditional
 from fastgen.family import Family
 from fastgen.method import About, Batch, Phase, Terms
 from fastgen.rng import Noise
@@ -101,13 +101,7 @@ class Method:
         self.shares = [times.share(family.denoiser.schedule, t) for t in self.times]
         self.needs_images = rollout.needs_images(config.rollout, num_steps) or config.adversarial.weight > 0
         self.teacher = family.denoiser
-        self.student = self.teacher.with_network(family.student())
-        self.fake_score = self.teacher.with_network(copy.deepcopy(self.teacher.network).requires_grad_(True))
-        self.networks: dict[str, nn.Module] = {
-            "teacher": self.teacher.network,
-            "student": self.student.network,
-            "fake_score": self.fake_score.network,
-        }
+        self.student, self.fake_score, self.networks = fake_score.roles(self.teacher, family)
         critic = ["fake_score"]
         self.adversary = adversary.make(config.adversarial, family, self.teacher, self.fake_score)
         if self.adversary:
@@ -122,12 +116,10 @@ class Method:
         """-> {"denoising", "gan"}: each [B]."""
         with torch.no_grad():
             x0 = self.student(*self.inputs(batch, rng), batch.cond).x0
-        t, eps = times.uniform(rng, self.teacher.schedule), rng.normal(self.shape)
-        pred = self.fake_score(add_noise(self.teacher.schedule, x0, eps, t), t, batch.cond)
-        terms = {"denoising": losses.denoising(pred, x0, eps)}
+        terms = {"denoising": fake_score.denoising(self.fake_score, x0, batch.cond, rng)}
         if self.adversary:
-            assert batch.x0 is not None
-            terms["gan"] = self.adversary.discriminator(batch.x0, x0, batch.cond, rng)
+            real = batch.images("the adversarial term")
+            terms["gan"] = self.adversary.discriminator(real, x0, batch.cond, rng)
         return terms
 
     def student_loss(self, batch: Batch, rng: Noise) -> Terms:
@@ -157,8 +149,8 @@ class Method:
         if config.schedules != "shared":
             x_s, s = self.noised(x0, t_in, config.ca, config.schedules != "full", rng)
             pos = self.teacher(x_s, s, batch.cond).x0
-        uncond = {name: batch.uncond[name].expand_as(value) for name, value in batch.cond.items()}
-        return real, fake, pos, (config.guidance_scale - 1) * (pos - self.teacher(x_s, s, uncond).x0)
+        neg = self.teacher(x_s, s, unconditional(batch.uncond, batch.cond)).x0
+        return real, fake, pos, (config.guidance_scale - 1) * (pos - neg)
 
     def noised(self, x0: Tensor, t_in: Tensor, term: Term, below: bool, rng: Noise) -> tuple[Tensor, Tensor]:
         """x_t, t of a term, each sample with its own time and noise. below: no noisier than the student's input."""

@@ -20,14 +20,13 @@ distribution of the regression's own images; here as on its other data sets it d
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastgen import losses, times
+from fastgen import fake_score, losses, times
 from fastgen.config import option
 from fastgen.denoiser import Cond, guided
 from fastgen.family import Family
@@ -70,13 +69,7 @@ class Method:
             raise ValueError(f"t_low {config.t_low:g} must be below t_high {config.t_high:g}")
         self.config, self.shape, self.times = config, family.latent_shape, family.student_times(1)
         self.teacher = family.denoiser
-        self.student = self.teacher.with_network(family.student())
-        self.fake_score = self.teacher.with_network(copy.deepcopy(self.teacher.network).requires_grad_(True))
-        self.networks: dict[str, nn.Module] = {
-            "teacher": self.teacher.network,
-            "student": self.student.network,
-            "fake_score": self.fake_score.network,
-        }
+        self.student, self.fake_score, self.networks = fake_score.roles(self.teacher, family)
         self.phases = (Phase("both", ["student", "fake_score"], self.loss),)
 
     def loss(self, batch: Batch, rng: Noise) -> Terms:
@@ -93,9 +86,7 @@ class Method:
         paired, eps, _ = batch.pairs()
         terms["regression"] = config.regression_weight * losses.mse(self.generate(eps, batch.cond), paired)
 
-        t, eps = times.uniform(rng, schedule), rng.normal(self.shape)
-        pred = self.fake_score(add_noise(schedule, x0.detach(), eps, t), t, batch.cond)
-        terms["denoising"] = losses.denoising(pred, x0.detach(), eps)
+        terms["denoising"] = fake_score.denoising(self.fake_score, x0, batch.cond, rng)
         return terms
 
     def generate(self, eps: Tensor, cond: Cond) -> Tensor:

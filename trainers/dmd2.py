@@ -21,13 +21,12 @@ it was warmed up on teacher pairs first, as method ``kd`` does before ``student.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastgen import adversary, losses, rollout, times
+from fastgen import adversary, fake_score, losses, rollout, times
 from fastgen.adversary import Adversarial
 from fastgen.config import option, section
 from fastgen.denoiser import guided
@@ -76,13 +75,7 @@ class Method:
         self.shape, self.times = family.latent_shape, family.student_times(num_steps)
         self.needs_images = rollout.needs_images(config.rollout, num_steps) or config.adversarial.weight > 0
         self.teacher = family.denoiser
-        self.student = self.teacher.with_network(family.student())
-        self.fake_score = self.teacher.with_network(copy.deepcopy(self.teacher.network).requires_grad_(True))
-        self.networks: dict[str, nn.Module] = {
-            "teacher": self.teacher.network,
-            "student": self.student.network,
-            "fake_score": self.fake_score.network,
-        }
+        self.student, self.fake_score, self.networks = fake_score.roles(self.teacher, family)
         critic = ["fake_score"]
         self.adversary = adversary.make(config.adversarial, family, self.teacher, self.fake_score)
         if self.adversary:
@@ -97,12 +90,10 @@ class Method:
         """-> {"denoising", "gan"}: each [B]."""
         with torch.no_grad():
             x0 = self.generate(batch, rng)
-        t, eps = times.uniform(rng, self.teacher.schedule), rng.normal(self.shape)
-        pred = self.fake_score(add_noise(self.teacher.schedule, x0, eps, t), t, batch.cond)
-        terms = {"denoising": losses.denoising(pred, x0, eps)}
+        terms = {"denoising": fake_score.denoising(self.fake_score, x0, batch.cond, rng)}
         if self.adversary:
-            assert batch.x0 is not None
-            terms["gan"] = self.adversary.discriminator(batch.x0, x0, batch.cond, rng)
+            real = batch.images("the adversarial term")
+            terms["gan"] = self.adversary.discriminator(real, x0, batch.cond, rng)
         return terms
 
     def student_loss(self, batch: Batch, rng: Noise) -> Terms:

@@ -59,11 +59,9 @@ class Method:
 
     def loss(self, batch: Batch, rng: Noise) -> Terms:
         """-> {"guidance": [B]}."""
-        if batch.x0 is None:
-            raise ValueError("guidance needs images; this data source has prompts only")
         scales, schedule = self.config.guidance, self.teacher.schedule
         t, scale = times.uniform(rng, schedule), scales.draw(rng)
-        x_t = add_noise(schedule, batch.x0, rng.normal(self.shape), t)
+        x_t = add_noise(schedule, batch.images("guidance"), rng.normal(self.shape), t)
         with torch.no_grad():
             target = scales.guide(self.teacher, batch.uncond, scale)(x_t, t, batch.cond)
         pred = self.student(x_t, t, scales.cond(batch.cond, scale))

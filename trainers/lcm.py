@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from fastgen import losses, times
 from fastgen.config import option, section
+from fastgen.ema import follow
 from fastgen.family import Family
 from fastgen.guidance import Scales
 from fastgen.method import About, Batch, Phase, Terms, nothing
@@ -87,11 +88,9 @@ class Method:
 
     def loss(self, batch: Batch, rng: Noise) -> Terms:
         """-> {"consistency": [B]}."""
-        if batch.x0 is None:
-            raise ValueError("lcm needs images; this data source has prompts only")
         scales, schedule = self.config.guidance, self.teacher.schedule
         (t, r), scale = times.on_grid(rng, self.grid), scales.draw(rng)
-        x_t = add_noise(schedule, batch.x0, rng.normal(self.shape), t)
+        x_t = add_noise(schedule, batch.images("lcm"), rng.normal(self.shape), t)
         cond = scales.cond(batch.cond, scale)
         with torch.no_grad():
             teacher = scales.guide(self.teacher, batch.uncond, scale)
@@ -104,9 +103,6 @@ class Method:
         """Of each sample: [B, ...] -> [B]."""
         return losses.mse(x, y) if self.config.metric == "l2" else losses.huber(x, y, self.config.huber_c)
 
-    @torch.no_grad()
     def move_target(self) -> None:
         """Move the target's weights towards the student's."""
-        target: list[Tensor] = list(self.target.network.parameters())
-        student: list[Tensor] = list(self.student.network.parameters())
-        torch._foreach_lerp_(target, student, 1 - self.config.target_decay)
+        follow(self.target.network, self.student.network, self.config.target_decay)

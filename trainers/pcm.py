@@ -100,11 +100,9 @@ class Method:
 
     def jumps(self, batch: Batch, rng: Noise) -> tuple[Tensor, Tensor, Tensor]:
         """The student's two jumps to the end of a phase, from t and from r: [B, ...] both, and which phase: [B]."""
-        if batch.x0 is None:
-            raise ValueError("pcm needs images; this data source has prompts only")
         scales, schedule = self.config.guidance, self.schedule
         (t, r), scale = times.on_grid(rng, self.grid), scales.draw(rng)
-        x_t = add_noise(schedule, batch.x0, rng.normal(self.shape), t)
+        x_t = add_noise(schedule, batch.images("pcm"), rng.normal(self.shape), t)
         phase, cond = self.phase_of(t), scales.cond(batch.cond, scale)
         end = torch.tensor(self.edges[1:], dtype=t.dtype).to(t.device)[phase]
         with torch.no_grad():

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from fastgen import losses, times
 from fastgen.config import option
-from fastgen.denoiser import Cond
 from fastgen.family import Family
-from fastgen.method import About, Batch, Phase, Terms
+from fastgen.method import About, Batch, Phase, Terms, drop_captions
 from fastgen.prediction import Kind
 from fastgen.rng import Noise
 from fastgen.sampling import Sampler
@@ -55,9 +54,7 @@ class Method:
 
     def loss(self, batch: Batch, rng: Noise) -> Terms:
         """-> {"denoising": [B]}."""
-        if batch.x0 is None:
-            raise ValueError("pretrain needs images; this data source has prompts only")
-        schedule, x0 = self.denoiser.schedule, batch.x0
+        schedule, x0 = self.denoiser.schedule, batch.images("pretrain")
         t = times.uniform(rng, schedule)
         eps = rng.normal(x0.shape[1:])
         drop = rng.uniform() < self.config.caption_dropout
@@ -71,11 +68,3 @@ class Method:
         if not gamma or kind == "flow":
             return torch.ones_like(snr)
         return snr.clamp(max=gamma) / {"x0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[kind]
-
-
-def drop_captions(batch: Batch, drop: Tensor) -> Cond:
-    """The batch's cond with the empty caption's row where ``drop``: [B] is true."""
-    return {
-        name: torch.where(drop.reshape(-1, *(1,) * (value.ndim - 1)), batch.uncond[name].to(value), value)
-        for name, value in batch.cond.items()
-    }

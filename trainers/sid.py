@@ -34,24 +34,21 @@ the reference leaves such samples out and writes zeros. Its student is called fr
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastgen import adversary, losses, rollout, times
+from fastgen import adversary, fake_score, losses, rollout, times
 from fastgen.adversary import Adversarial
 from fastgen.config import option, section
-from fastgen.denoiser import Cond, guided
+from fastgen.denoiser import Cond, guided, unconditional
 from fastgen.family import Family
-from fastgen.method import About, Batch, Phase, Terms
+from fastgen.method import About, Batch, Phase, Terms, drop_captions
 from fastgen.prediction import Prediction
 from fastgen.rng import Noise
 from fastgen.sampling import Sampler
 from fastgen.schedule import add_noise
-
-from .pretrain import drop_captions
 
 ABOUT = About(
     paper="Score identity Distillation: Exponentially Fast Distillation of Pretrained Diffusion Models",
@@ -101,13 +98,7 @@ class Method:
         self.shape, self.times = family.latent_shape, family.student_times(num_steps)
         self.needs_images = config.adversarial.weight > 0
         self.teacher = family.denoiser
-        self.student = self.teacher.with_network(family.student())
-        self.fake_score = self.teacher.with_network(copy.deepcopy(self.teacher.network).requires_grad_(True))
-        self.networks: dict[str, nn.Module] = {
-            "teacher": self.teacher.network,
-            "student": self.student.network,
-            "fake_score": self.fake_score.network,
-        }
+        self.student, self.fake_score, self.networks = fake_score.roles(self.teacher, family)
         critic = ["fake_score"]
         self.adversary = adversary.make(config.adversarial, family, self.teacher, self.fake_score)
         if self.adversary:
@@ -129,8 +120,8 @@ class Method:
         pred = self.fake(add_noise(self.teacher.schedule, x0, eps, t), t, cond, batch.uncond, self.critic_scale)
         terms = {"denoising": losses.denoising(pred, x0, eps)}
         if self.adversary:
-            assert batch.x0 is not None
-            terms["gan"] = self.adversary.discriminator(batch.x0, x0, self.judged(batch), rng)
+            real = batch.images("the adversarial term")
+            terms["gan"] = self.adversary.discriminator(real, x0, self.judged(batch), rng)
         return terms
 
     def student_loss(self, batch: Batch, rng: Noise) -> Terms:
@@ -157,15 +148,10 @@ class Method:
     def fake(self, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, scale: float) -> Prediction:
         """The fake score under guidance; at scale 0 it is asked without captions only, in one pass."""
         if scale == 0:
-            return self.fake_score(x_t, t, everywhere(uncond, cond))
+            return self.fake_score(x_t, t, unconditional(uncond, cond))
         return guided(self.fake_score, uncond, scale)(x_t, t, cond)
 
     def judged(self, batch: Batch) -> Cond:
         """What the discriminator's backbone is told."""
         hidden = self.critic_scale == 0 and self.config.adversarial.features == "fake_score"
-        return everywhere(batch.uncond, batch.cond) if hidden else batch.cond
-
-
-def everywhere(uncond: Cond, cond: Cond) -> Cond:
-    """The empty caption's row, once for each row of ``cond``."""
-    return {name: uncond[name].expand_as(value) for name, value in cond.items()}
+        return unconditional(batch.uncond, batch.cond) if hidden else batch.cond

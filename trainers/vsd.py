@@ -20,24 +20,21 @@ writes zeros.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastgen import lora, losses, rollout, times
+from fastgen import fake_score, lora, losses, rollout, times
 from fastgen.config import option, section
 from fastgen.denoiser import guided
 from fastgen.family import Family
 from fastgen.lora import Lora
-from fastgen.method import About, Batch, Phase, Terms
+from fastgen.method import About, Batch, Phase, Terms, drop_captions
 from fastgen.rng import Noise
 from fastgen.sampling import Sampler
 from fastgen.schedule import add_noise
-
-from .pretrain import drop_captions
 
 ABOUT = About(
     paper="SwiftBrush: One-Step Text-to-Image Diffusion Model with Variational Score Distillation",
@@ -83,13 +80,7 @@ class Method:
         self.teacher = family.denoiser
         if config.fake_score == "lora":
             self.teacher = self.teacher.with_network(lora.view(self.teacher.network, config.lora))
-        self.student = self.teacher.with_network(family.student())
-        self.fake_score = self.teacher.with_network(copy.deepcopy(self.teacher.network).requires_grad_(True))
-        self.networks: dict[str, nn.Module] = {
-            "teacher": self.teacher.network,
-            "student": self.student.network,
-            "fake_score": self.fake_score.network,
-        }
+        self.student, self.fake_score, self.networks = fake_score.roles(self.teacher, family)
         self.phases = (Phase("update", ["student", "fake_score"], self.loss),)
 
     def loss(self, batch: Batch, rng: Noise) -> Terms:

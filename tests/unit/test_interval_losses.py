@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastgen import losses
 from fastgen.prediction import KINDS, Kind, Prediction, combine
-from fastgen.schedule import Flow, Level, Schedule, add_noise
+from fastgen.schedule import Flow, Level, Schedule, add_noise, onward
 from tests.oracle import Gaussian, hermite, schedules, sd_schedule
 
 DATA = Gaussian(0.5, 0.9)
@@ -26,7 +26,7 @@ class Pairs:
         e0, e1, self.eps = (g.flatten() for g in torch.meshgrid(z, z, z, indexing="ij"))
         self.weights = torch.stack([g.flatten() for g in torch.meshgrid(w, w, w, indexing="ij")]).prod(0)
         self.before, self.at = level(schedule, r), level(schedule, t)
-        self.ratio, self.added = losses.onward(self.before, self.at)
+        self.ratio, self.added = onward(self.before, self.at)
         self.x0 = data.mean + data.std * e0
         self.x_r = self.before.alpha * self.x0 + self.before.sigma * e1
         self.x_t = self.ratio * self.x_r + self.added * self.eps
@@ -63,7 +63,7 @@ INTERVALS = [(Flow(), 0.5, 0.75), (Flow(), 0.5, 0.52), (Flow(), 0.2, 0.9), (sd_s
 @pytest.mark.parametrize(("schedule", "r", "t"), INTERVALS)
 def test_noise_goes_on_as_the_forward_process_does(schedule: Schedule, r: float, t: float) -> None:
     before, at = level(schedule, r), level(schedule, t)
-    ratio, added = losses.onward(before, at)
+    ratio, added = onward(before, at)
     torch.testing.assert_close(ratio * before.alpha, at.alpha)
     torch.testing.assert_close((ratio * before.sigma).square() + added.square(), at.sigma.square())
 
@@ -166,7 +166,7 @@ def test_on_rectified_flow_the_gradient_is_a_weighted_difference_of_velocities()
     x_t, real, fake = torch.randn(3, 4, 5, dtype=torch.float64).unbind()
     t = torch.tensor([0.6, 0.7, 0.8, 0.9], dtype=torch.float64)
     at = Flow()(t).like(x_t)
-    ratio, _ = losses.onward(Flow()(torch.full((4,), 0.5)).like(x_t), at)
+    ratio, _ = onward(Flow()(torch.full((4,), 0.5)).like(x_t), at)
     found = losses.interval_grad(Prediction(real, "flow", x_t, at), Prediction(fake, "flow", x_t, at), ratio)
     torch.testing.assert_close(found, ratio * ((1 - t) / t)[:, None] * (real - fake))
     torch.testing.assert_close(found, at.alpha * ratio / (at.alpha * at.sigma + at.sigma**2) * (real - fake))
