@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 import fastgen
 from fastgen.checkpoint import write_text
+from fastgen.tracking import MEASURED
 from fastgen.tracking import read as read_metrics
 
 from .chart import line_chart
@@ -337,7 +338,11 @@ def _curves(logged: Sequence[Row]) -> str:
     series: dict[str, list[tuple[float, float]]] = {}
     for row in logged:
         for name, value in row.items():
-            if name not in ("step", "seconds_per_step") and isinstance(value, int | float) and math.isfinite(value):
+            if (
+                name not in ("step", "images_seen", *MEASURED)
+                and isinstance(value, int | float)
+                and math.isfinite(value)
+            ):
                 series.setdefault(name, []).append((row["step"], value))
     # measured quality before the losses, gradient norms last
     measured = sorted(name for name in series if "/" not in name)

@@ -10,6 +10,9 @@ from typing import Any, Protocol
 from . import parallel
 from .checkpoint import write_text
 
+MEASURED = ("seconds_per_step", "train_seconds", "peak_memory_mb")
+"""What a run says of the machine's work, which no two runs share; train_seconds and the peak go on over resumes."""
+
 
 class Tracker(Protocol):
     """Something that takes rows of numbers."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from .data import PairSource, Source
 from .data.batches import Batches, to_uint8
 from .denoiser import guided
 from .ema import EMA
-from .engine import Engine
+from .engine import Engine, Logs
 from .family import Family
 from .guidance import student_guidance, with_guidance
 from .method import Method, NeedsPairs
@@ -260,13 +261,16 @@ def _loop(session: Session, run: Path, steps_done: int, tree: dict[str, Any], qu
     recipe, engine = session.recipe, session.engine
     settings = recipe.run
     trackers = tracking.trackers(settings.trackers, run, steps_done, tree)
+    earlier = tracking.read(run / "metrics.jsonl")
     prompts = sample_prompts(session)
     every = int(recipe.eval.get("every", 0)) if quick else 0
     recent: dict[str, list[float]] = {}
-    began, first = time.monotonic(), steps_done
+    spent, peak = (max((row.get(name, 0.0) for row in earlier), default=0.0) for name in tracking.MEASURED[1:])
+    samples_per_step = engine.batch_size * engine.accumulate * parallel.size()
+    since, first = spent, steps_done
     with progress(settings.steps, steps_done) as advance:
-        for step, logs in engine.run(range(steps_done, settings.steps)):
-            done = step + 1
+        for step, logs, seconds in timed(engine.run(range(steps_done, settings.steps))):
+            done, spent = step + 1, spent + seconds
             for average in session.ema.values():
                 average.update()
             for name, value in logs.items():
@@ -276,8 +280,14 @@ def _loop(session: Session, run: Path, steps_done: int, tree: dict[str, Any], qu
             # also before a checkpoint, so that a resumed run averages over the same steps as an unbroken one
             if done % settings.log_every == 0 or checkpoint_due:
                 values = {name: sum(v) / len(v) for name, v in recent.items()}
-                values["seconds_per_step"] = (time.monotonic() - began) / (done - first)
+                values |= {
+                    "seconds_per_step": (spent - since) / (done - first),
+                    "train_seconds": spent,
+                    "images_seen": done * samples_per_step,
+                    "peak_memory_mb": max(peak, peak_memory_mb(session.device)),
+                }
                 recent.clear()
+                since, first = spent, done
             if quick and every and (done % every == 0 or done == settings.steps) and parallel.rank() == 0:
                 with session.weights():
                     values |= quick(session)
@@ -295,6 +305,27 @@ def _loop(session: Session, run: Path, steps_done: int, tree: dict[str, Any], qu
                 with writing(run / f"checkpoint-{done}"):
                     checkpoint.save(run, done, engine, session.ema, settings.keep)
             advance(logs)
+
+
+def timed(steps: Iterator[tuple[int, Logs]]) -> Iterator[tuple[int, Logs, float]]:
+    """Each step with the seconds that it took, without what the caller does between two of them."""
+    while True:
+        began = time.monotonic()
+        try:
+            step, logs = next(steps)
+        except StopIteration:
+            return
+        yield step, logs, time.monotonic() - began
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory held so far, in MB: of CUDA's allocator; on a CPU of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6  # Linux counts in kibibytes
 
 
 def sample_prompts(session: Session) -> list[str]:

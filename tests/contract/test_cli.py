@@ -71,7 +71,9 @@ def trained(world: Path, out: Path, *overrides: str, **options: str) -> Path:
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     """Of metrics.jsonl, without the time it took."""
-    return [{k: v for k, v in r.items() if k != "seconds_per_step"} for r in tracking.read(folder / "metrics.jsonl")]
+    return [
+        {k: v for k, v in r.items() if k not in tracking.MEASURED} for r in tracking.read(folder / "metrics.jsonl")
+    ]
 
 
 def weights(folder: Path, name: str = "student") -> dict[str, Tensor]:

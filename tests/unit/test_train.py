@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,9 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def rows(run: Path) -> list[dict[str, Any]]:
     """Of metrics.jsonl, without the time it took."""
-    return [{k: v for k, v in row.items() if k != "seconds_per_step"} for row in tracking.read(run / "metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if k not in tracking.MEASURED} for row in tracking.read(run / "metrics.jsonl")
+    ]
 
 
 def interrupted(chosen: recipe.Recipe, steps: int) -> None:
@@ -139,6 +142,7 @@ def test_rows_are_means_over_the_steps_since_the_last_one(unbroken: Path, tmp_pa
     assert [row["step"] for row in single] == list(range(1, 9))
     assert set(single[0]) == {
         "step",
+        "images_seen",
         "critic/denoising",
         "critic/fake_score.grad_norm",
         "student/dmd",
@@ -408,3 +412,39 @@ def test_the_optimizer_of_the_toy_is_the_recipe_s(tmp_path: Path) -> None:
     session = build(settings(tmp_path))
     assert session.engine.optim == {"student": Optim(lr=1e-3), "fake_score": Optim(lr=1e-3)}
     assert set(optims(session.method)) == set(session.engine.optim)
+
+
+def test_rows_say_what_was_spent_and_a_resume_goes_on_counting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock by which each step takes a second."""
+
+    def ticking(steps: Iterator[Any]) -> Iterator[Any]:
+        for step, logs in steps:
+            yield step, logs, 1.0
+
+    monkeypatch.setattr(train, "timed", ticking)
+    chosen = settings(tmp_path / "run")
+    interrupted(chosen, 5)
+    train.train(chosen)
+    found = tracking.read(tmp_path / "run" / "metrics.jsonl")
+    assert [row["train_seconds"] for row in found] == [float(row["step"]) for row in found]
+    assert [row["images_seen"] for row in found] == [row["step"] * chosen.run.batch_size for row in found]
+    assert all(row["seconds_per_step"] == 1.0 for row in found)
+    assert all(b["peak_memory_mb"] >= a["peak_memory_mb"] > 10 for a, b in pairwise(found))
+
+
+def test_timed_leaves_out_what_happens_between_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+
+    def steps() -> Iterator[tuple[int, dict[str, float]]]:
+        for step in range(3):
+            now[0] += 2.0
+            yield step, {}
+
+    seconds = []
+    for _, _, spent in train.timed(steps()):
+        seconds.append(spent)
+        now[0] += 50.0
+    assert seconds == [2.0, 2.0, 2.0]
