@@ -1,14 +1,15 @@
 """``fastgen pairs CONFIG``: what a teacher makes of given noise, written once, for methods that train on such pairs.
 
 The teacher is guided and runs DDIM on its trailing grid. Pair i belongs to prompt i of the data and to noise keyed by
-the seed and i, whatever the batch size; shards appear whole or not at all, so that what was cut off goes on.
+the seed and i, whatever the batch size; shards appear whole or not at all, so that what was cut off goes on, and a
+larger ``number`` adds to what is there.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +30,7 @@ from .recipe import Chosen, Model
 from .rng import Noise
 from .sampling import ddim, ddim_times, sample
 from .schedule import Schedule
-from .train import load_teacher, progress
+from .train import check_guided_once, load_teacher, progress
 
 log = logging.getLogger("fastgen")
 
@@ -39,6 +40,7 @@ class Options:
     """The section ``pairs``."""
 
     out: str = option(help="folder of the pairs")
+    # raised later, it adds to what is there
     number: int = option(help="pairs; past the end of the data its prompts come again, with other noise", low=1)
     num_steps: int = option(50, "DDIM steps of the teacher", low=1)
     guidance_scale: float = option(7.5, "of the teacher; 1.0 is off", low=1)
@@ -62,7 +64,7 @@ class Recipe:
 def decode(tree: Mapping[str, Any], where: str) -> Recipe:
     """From a merged YAML tree; the other sections of a training recipe may stand beside. Raises ConfigError."""
     needed = ("model", "data", "pairs")
-    known = dict.fromkeys((*needed, *(f for f in recipes.Recipe.__dataclass_fields__)))
+    known = dict.fromkeys((*needed, *recipes.SECTIONS))
     for key in tree:
         if key not in known:
             raise ConfigError(f"{where}: unknown key {key!r}{config.suggest(str(key), known)}")
@@ -109,13 +111,14 @@ def make(recipe: Recipe, device: torch.device | None = None) -> int:
     from accelerate import PartialState
 
     device, chosen = device or PartialState().device, recipe.pairs
+    check_guided_once(recipe.model, config.encode(chosen), "pairs")
     family, _ = load_teacher(recipe.model, chosen.precision, device)
     check_path(family.denoiser.schedule, chosen.num_steps, chosen.path)
     source: Source = registry.find("source", recipe.data.name).open(recipe.data.options, family.image_size)
     prompts = [source.item(i).prompt for i in range(chosen.number)]
     folder, card = Path(chosen.out), card_of(recipe, family, prompts)
     if parallel.rank() == 0:
-        claim(folder, card)
+        claim(folder, card, prompts)
     parallel.barrier()
     shards = list(card.shards().items())[parallel.rank() :: parallel.size()]
     for name, numbers in shards:
@@ -160,14 +163,24 @@ def card_of(recipe: Recipe, family: Family, prompts: Sequence[str]) -> Card:
     )
 
 
-def claim(folder: Path, card: Card) -> None:
-    """Make the folder these pairs' own. Raises ValueError if it holds others, or something else."""
+def claim(folder: Path, card: Card, prompts: Sequence[str]) -> None:
+    """Make the folder these pairs' own. Raises ValueError if it holds others, more of them, or something else.
+
+    Fewer of the same are added to: a last shard that is short goes, to come again whole, and the rest stays as it is.
+    """
     if (folder / CARD).is_file():
         there = read_card(folder, "")
-        if there != card:
+        grows, first = there.number < card.number, prompts_digest(prompts[: there.number])
+        wanted = replace(card, number=there.number, prompts=first) if grows else card
+        if there != wanted:
             raise ValueError(
-                f"{folder}: holds other pairs ({there.difference(card)}); set another pairs.out, or delete it"
+                f"{folder}: holds other pairs ({there.difference(wanted)}); set another pairs.out, or delete it"
             )
+        if grows:
+            last, numbers = list(there.shards().items())[-1]
+            if len(numbers) < there.shard_size:  # before the card, so that no card ever promises it
+                (folder / last).unlink(missing_ok=True)
+            write_card(folder, card)
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: is not a folder of pairs; set another pairs.out")
     else:

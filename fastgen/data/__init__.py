@@ -62,6 +62,10 @@ class PairSource(Source, Protocol):
         """Raise ValueError unless the teacher's states at these times are kept."""
         ...
 
+    def check_guidance(self, scale: float | None) -> None:
+        """Raise ValueError unless the teacher was guided by this scale; None: by whichever."""
+        ...
+
     def pairs(self, indices: Sequence[int], times: Sequence[float]) -> tuple[Tensor, Tensor, Mapping[float, Tensor]]:
         """Of these items: x0, eps and, by time, the states between: [B, ...] each, float32."""
         ...

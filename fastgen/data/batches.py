@@ -17,7 +17,10 @@ _CACHED_PROMPTS = 4096  # of SD 1.5 these are 1 GiB of embeddings
 
 
 class Batches:
-    """Batches of a source, encoded by a family. A prompt is encoded once; so is an image, if ``cache`` is given."""
+    """Batches of a source, encoded by a family. A prompt is encoded once; so is an image, if ``cache`` is given.
+
+    Without, it is encoded once for all the phases of a step that ask for it in turn.
+    """
 
     def __init__(
         self,
@@ -32,7 +35,11 @@ class Batches:
         Raises ValueError if the source does not have what the method needs.
         """
         if images and not source.has_images:
-            raise ValueError("this method needs images and the data source has prompts only; use data.source: images")
+            own = "set data.as_images for those of the teacher"
+            remedy = own if isinstance(source, PairSource) else "use data.source: images"
+            raise ValueError(f"this method needs images and the data source has prompts only; {remedy}")
+        if images and isinstance(source, PairSource):
+            path_times = path_times or ()  # its x0 are the images
         self._pairs: PairSource | None = None
         if path_times is not None:
             if not isinstance(source, PairSource):
@@ -51,17 +58,17 @@ class Batches:
     def batch(self, samples: Sequence[int]) -> Batch:
         """samples: global indices, [B]."""
         known = [s % len(self._source) if self._cache else s for s in samples]
+        if not self._cache:
+            self._prompts = {s: self._prompts[s] for s in known if s in self._prompts}
+            self._latents = {s: self._latents[s] for s in known if s in self._latents}
         items = {s: self._source.item(s) for s in dict.fromkeys(known) if s not in self._prompts}
         self._prompts |= {s: item.prompt for s, item in items.items()}
         prompts, x0 = [self._prompts[s] for s in known], None
-        if self._images:
+        if self._images and self._pairs is None:
             if items:
                 fresh = self._family.encode(pixels([item.image for item in items.values()]))
                 self._latents |= dict(zip(items, fresh, strict=True))
             x0 = torch.stack([self._latents[s] for s in known])
-        if not self._cache:
-            self._latents.clear()
-            self._prompts.clear()
         if self._pairs is None:
             return Batch(list(samples), self._cond(prompts), self._uncond, x0)
         device = next(iter(self._uncond.values())).device

@@ -36,6 +36,9 @@ class Config:
 
     path: str = option(help="a folder that `fastgen pairs` wrote")
     seed: int = option(0, "of the order, which is shuffled anew each time round", low=0)
+    as_images: bool = option(
+        False, "the teacher's x0 serve where a method needs images: no real data, as in LADD (arXiv 2403.12015)"
+    )
     made_by: str = option("", "the config that `fastgen pairs` makes them by; said where they are missing")
 
 
@@ -147,10 +150,9 @@ def _bytes(value: Tensor) -> memoryview:
 class Pairs:
     """A folder of pairs, shuffled."""
 
-    has_images = False
-
     def __init__(self, settings: Config) -> None:
         """Open the folder. Raises ValueError if it is missing, unfinished or damaged."""
+        self.has_images = settings.as_images
         self._folder, self._seed = Path(settings.path), settings.seed
         remedy = f"`fastgen pairs {settings.made_by or 'CONFIG'} pairs.out={settings.path}` makes "
         self.card = read_card(self._folder, remedy + "them")
@@ -200,6 +202,16 @@ class Pairs:
             raise ValueError(
                 f"{self._folder}: this student needs the teacher's states at {wanted}, kept are those at {kept}; make "
                 f"pairs with pairs.path={wanted}"
+            )
+
+    def check_guidance(self, scale: float | None) -> None:
+        """Raise ValueError, naming both, if a method guides the same teacher by another scale than the pairs'."""
+        if scale not in (None, self.card.guidance_scale):
+            own = f"{self.card.guidance_scale:g}"
+            raise ValueError(
+                f"{self._folder}: pairs made at guidance scale {own}, while this method guides the same teacher by "
+                f"{scale:g}, which pulls the student elsewhere; set method.guidance_scale={own}, or make pairs with "
+                f"pairs.guidance_scale={scale:g}"
             )
 
     def pairs(self, indices: Sequence[int], times: Sequence[float]) -> tuple[Tensor, Tensor, dict[float, Tensor]]:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastgen import recipe, registry
+from fastgen.experts import members
 from fastgen.recipe import Model
 from fastgen.train import load_teacher, started_from
 from tests import command
@@ -91,7 +92,9 @@ def test_any_other_method_starts_from_the_run_s_pipeline(name: str, kd: Path, wo
     device = torch.device("cpu")
     family, module = load_teacher(Model("sd", str(world / "teacher")), "fp32", device)
     started = started_from(family, module, str(kd / "pipeline"), device)
-    method = registry.find("method", name).Method(registry.find("method", name).Config(), started, 1)
+    module_of_method = registry.find("method", name)
+    steps = module_of_method.ABOUT.steps or [1]
+    method = module_of_method.Method(module_of_method.Config(), started, min(steps))
     learnt = module.load(kd / "pipeline", device).denoiser
     x_t, t = torch.randn(2, *family.latent_shape), torch.tensor([999.0, 499.0])
 
@@ -101,16 +104,20 @@ def test_any_other_method_starts_from_the_run_s_pipeline(name: str, kd: Path, wo
 
     wanted, teacher = output(learnt.network), output(family.denoiser.network)
     assert (wanted - teacher).abs().max() > 1e-3
-    torch.testing.assert_close(output(method.networks[method.exported]), wanted, rtol=1e-4, atol=1e-5)
+    for network in members(method.networks[method.exported]):
+        torch.testing.assert_close(output(network), wanted, rtol=1e-4, atol=1e-5)
     for role in method.networks.keys() & {"teacher", "fake_score"}:
-        torch.testing.assert_close(output(method.networks[role]), teacher, rtol=1e-4, atol=1e-5)
+        for network in members(method.networks[role]):
+            torch.testing.assert_close(output(network), teacher, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["dmd2", "dmd"])
 def test_a_run_goes_on_from_it(method: str, kd: Path, world: Path, tmp_path: Path) -> None:
     """From the command line, with learning rates that move nothing: what comes out is what went in."""
     tree = yaml.safe_load((world / "run.yaml").read_text())
-    tree |= {"method": {"name": method}, "student": {"steps": 1, "init": str(kd / "pipeline")}}
+    scale = OPTIONS["guidance_scale"]
+    tree |= {"method": {"name": method, "guidance_scale": scale}}
+    tree |= {"student": {"steps": 1, "init": str(kd / "pipeline")}}
     if method == "dmd":
         tree["data"] = {"source": "pairs", "path": str(world / "pairs")}
     tree["optim"] = {role: {"lr": 1e-12, "weight_decay": 0.0} for role in tree["optim"]}
@@ -209,3 +216,22 @@ def test_pairs_serve_as_prompts(world: Path) -> None:
     (world / "prompts_of_pairs.yaml").write_text(yaml.safe_dump(config))
     result = done("train", world / "prompts_of_pairs.yaml", "--dry-run")
     assert "dmd" in result.out
+
+
+def test_dmd_on_pairs_of_another_scale_is_refused_before_anything_is_written(world: Path, tmp_path: Path) -> None:
+    tree = yaml.safe_load((world / "run.yaml").read_text())
+    tree |= {"method": {"name": "dmd"}, "data": {"source": "pairs", "path": str(world / "pairs")}}
+    tree["run"]["out"] = str(tmp_path / "run")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    result = fastgen("train", tmp_path / "run.yaml")
+    one_line(result, r"pairs made at guidance scale 2, while .* by 8, .* set method\.guidance_scale=2, or make pairs")
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_pairs_are_added_by_a_larger_number(world: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(world / "pairs", tmp_path / "pairs")
+    result = done("pairs", world / "pairs.yaml", f"pairs.out={copy}", "pairs.number=13")
+    assert result.out == f"{copy} holds 13 pairs, 5 made now\n"
+    for k in (0, 1):
+        name = f"shard-{k:05d}.safetensors"
+        assert (copy / name).read_bytes() == (world / "pairs" / name).read_bytes()

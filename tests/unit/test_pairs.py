@@ -234,7 +234,9 @@ def test_the_same_request_again_calls_no_teacher_and_writes_nothing(
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "number": ({"number": 11}, "number 10, not 11"),
+    "number": ({"number": 9}, "number 10, not 9"),
+    "number and scale": ({"number": 14, "guidance_scale": 3.0}, r"guidance_scale 2\.0, not 3\.0"),
+    "number and shards": ({"number": 14, "shard_size": 5}, "shard_size 4, not 5"),
     "steps": ({"num_steps": 16}, "num_steps 8, not 16"),
     "scale": ({"guidance_scale": 3.0}, r"guidance_scale 2\.0, not 3\.0"),
     "path": ({"path": []}, r"path \(749\.0, 499\.0, 249\.0\), not \(\)"),
@@ -252,6 +254,80 @@ def test_another_request_is_refused_by_name(tmp_path: Path, teacher: dict[str, F
         ValueError, match=rf"pairs: holds other pairs \({message}\); set another pairs\.out, or delete"
     ):
         make(recipe(tmp_path, **changes))
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize(("first", "size"), [(10, 4), (8, 4), (3, 4), (10, 16)])
+@pytest.mark.parametrize("number", [11, 12, 14, 21])
+def test_a_larger_number_adds_to_what_is_there(
+    tmp_path: Path, teacher: dict[str, Family], first: int, size: int, number: int
+) -> None:
+    """The folder is then what it would be, had the number been so from the start; whole shards stay untouched."""
+    whole = files(made(tmp_path / "whole", number=number, shard_size=size))
+    folder = made(tmp_path, number=first, shard_size=size)
+    before = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
+    kept = {f"shard-{k:05d}.safetensors" for k in range(first // size)}
+    added = make(recipe(tmp_path, number=number, shard_size=size))
+    assert added == number - len(kept) * size
+    assert tensors(folder)["x0"].shape[0] == number
+    after = files(folder)
+    assert {k: v for k, v in after.items() if k != "card.json"} == {k: v for k, v in whole.items() if k != "card.json"}
+    cards = [json.loads(text["card.json"]) for text in (after, whole)]
+    assert cards[0] | {"data": None} == cards[1] | {"data": None}  # whose paths differ
+    assert {name for name, time in before.items() if (folder / name).stat().st_mtime_ns == time} == kept
+    assert len(Pairs(Config(str(folder)))) == number
+    assert make(recipe(tmp_path, number=number, shard_size=size)) == 0
+
+
+@pytest.mark.parametrize("shards", [0, 1])
+def test_adding_that_is_cut_off_goes_on(
+    tmp_path: Path, teacher: dict[str, Family], monkeypatch: pytest.MonkeyPatch, shards: int
+) -> None:
+    folder, kept, count = made(tmp_path), pairs.write_shard, [0]
+    whole = files(made(tmp_path / "whole", number=16))
+
+    def stops(*arguments: Any) -> None:
+        if count[0] == shards:
+            raise Stop
+        count[0] += 1
+        kept(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pairs, "write_shard", stops)
+        with pytest.raises(Stop):
+            make(recipe(tmp_path, number=16))
+    with pytest.raises(ValueError, match=r"pairs: lacks \d of 4 shards; `fastgen pairs CONFIG .*` makes the rest"):
+        Pairs(Config(str(folder)))
+    assert make(recipe(tmp_path, number=16)) == 8 - 4 * shards
+    assert {f: data for f, data in files(folder).items() if f.startswith("shard")} == {
+        f: data for f, data in whole.items() if f.startswith("shard")
+    }
+
+
+@pytest.mark.parametrize("number", [10, 16])
+def test_a_kill_before_the_new_card_leaves_a_folder_that_the_old_and_the_new_request_complete(
+    tmp_path: Path, teacher: dict[str, Family], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def stops(*_: Any) -> None:
+        raise Stop
+
+    folder = made(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(pairs, "write_card", stops)
+        with pytest.raises(Stop):
+            make(recipe(tmp_path, number=16))
+    assert [f.name for f in sorted(folder.iterdir())] == ["card.json", *(f"shard-0000{k}.safetensors" for k in (0, 1))]
+    make(recipe(tmp_path, number=number))
+    assert len(Pairs(Config(str(folder)))) == number
+
+
+def test_a_larger_number_of_other_prompts_is_refused(tmp_path: Path, teacher: dict[str, Family]) -> None:
+    folder = made(tmp_path)
+    before = files(folder)
+    again = recipe(tmp_path, number=20)
+    (tmp_path / "prompts.txt").write_text("right")
+    with pytest.raises(ValueError, match=r"holds other pairs \(prompts '\w+', not '\w+'\)"):
+        make(again)
     assert files(folder) == before
 
 
@@ -411,9 +487,13 @@ def test_without_the_need_a_batch_holds_prompts_alone(folder: Path) -> None:
         batch.pairs()
 
 
-def test_the_teacher_s_images_do_not_pass_for_real_ones(folder: Path) -> None:
-    with pytest.raises(ValueError, match="this method needs images and the data source has prompts only"):
+def test_the_teacher_s_images_do_not_pass_for_real_ones_unless_asked(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"prompts only; set data\.as_images for those of the teacher"):
         Batches(Pairs(Config(str(folder))), gaussian_family(), images=True)
+    source = Pairs(Config(str(folder), as_images=True))
+    assert source.has_images
+    batch = Batches(source, gaussian_family(), images=True).batch([0, 4, 11])
+    assert torch.equal(batch.images("the test"), source.pairs([0, 4, 11], [])[0])
 
 
 def test_a_method_that_needs_pairs_refuses_another_source(folder: Path) -> None:
@@ -432,6 +512,25 @@ def test_states_that_were_not_kept_are_named(folder: Path) -> None:
         ValueError, match=r"needs the teacher's states at \[499\.0, 124\.0\], kept are those at \[749\.0"
     ):
         source.check_path([499.0, 124.0])
+
+
+def test_another_scale_than_the_method_s_is_refused_with_both_remedies(folder: Path) -> None:
+    source = Pairs(Config(str(folder)))
+    source.check_guidance(2.0)
+    source.check_guidance(None)
+    with pytest.raises(
+        ValueError,
+        match=r"pairs: pairs made at guidance scale 2, while this method guides the same teacher by 7\.5, .*; set "
+        r"method\.guidance_scale=2, or make pairs with pairs\.guidance_scale=7\.5$",
+    ):
+        source.check_guidance(7.5)
+
+
+def test_dmd_guides_the_teacher_as_its_pairs_were_and_kd_takes_any() -> None:
+    from fastgen.trainers import dmd, kd
+
+    assert dmd.Method(dmd.Config(guidance_scale=3.0), conv_family(), 1).pairs_guidance_scale == 3.0
+    assert kd.Method(kd.Config(), conv_family(), 2).pairs_guidance_scale is None
 
 
 def test_another_teacher_family_or_shape_is_refused_by_name(folder: Path) -> None:
