@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format mypy results world sprites clean
+.PHONY: help install demo test check format mypy results bench world sprites clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -42,6 +42,9 @@ results: demo  ## make every number of README.md and docs/results.md again (an h
 	$(BIN)/fastgen train configs/emoji/dmd2.yaml
 	$(BIN)/fastgen evaluate runs/emoji/dmd2
 	$(BIN)/fastgen report runs/emoji/dmd2 --into docs/results.md --name dmd2 --picture docs/dmd2.png
+
+bench: $(VENV)/.installed-eval  ## train and judge every method on the emoji teacher, write docs/results.json (hours; resumes)
+	$(BIN)/fastgen bench methods
 
 world: $(VENV)/.installed-dev  ## train the emoji world anew: CLIP, autoencoder, teacher (hours; resumes)
 	$(BIN)/python -m fastgen.emoji.world clip configs/emoji/clip.yaml

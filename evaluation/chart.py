@@ -1,9 +1,9 @@
-"""A line chart as inline SVG, coloured by the page's CSS."""
+"""Line charts as SVG: one line for a page, coloured by its CSS; many lines in a file that stands by itself."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 Points = Sequence[tuple[float, float]]
@@ -18,20 +18,22 @@ SMOOTHING = 1 / 25
 """Share of the points that a smoothed one averages to either side."""
 LOG_RATIO = 8
 """A series of positive values whose largest is so many times its smallest gets a logarithmic axis."""
+COLOURS = ("#0b6e77", "#c0392b", "#2f5fb3", "#b07d0a", "#7a3fa8", "#3d8b37", "#c2417f")
+DASHES = ("", "6 3", "1.5 2.5")
+"""Of the lines of one file: each colour is used again with the next dash."""
+LEGEND, LINE = 175, 17
+"""Width of the legend and height of its lines."""
+_STYLE = """
+text { fill: #5d6672; font: 11.5px system-ui, sans-serif; }
+.grid { stroke: #d9dee4; } .axis { stroke: #5d6672; } .series { fill: none; stroke-width: 1.6; }
+"""
 
 
 def line_chart(points: Points, x_label: str, y_label: str) -> str:
     """points: (x, y), x rising; at least one. -> <svg>."""
     shown = thinned(points, MOST_POINTS)
     ys = [y for _, y in shown]
-    log = min(ys) > 0 and max(ys) / min(ys) >= LOG_RATIO
-    x_axis, y_axis = Axis([x for x, _ in shown], log=False), Axis(ys, log=log)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = LEFT + x_axis.place(x) * (WIDTH - LEFT - RIGHT)
-        return across, TOP + (1 - y_axis.place(y)) * (HEIGHT - TOP - BOTTOM)
-
-    parts = [*_grid(x_axis, y_axis), *_labels(x_label, f"{y_label}, log scale" if log else y_label)]
+    parts, place = _frame(shown, x_label, y_label)
     if len(shown) > DOTS:
         parts.append(_line("raw", [place(*p) for p in shown]))
         parts.append(_line("line", [place(*p) for p in smoothed(shown, round(SMOOTHING * len(shown)))]))
@@ -43,6 +45,60 @@ def line_chart(points: Points, x_label: str, y_label: str) -> str:
             parts.append(f'<circle class="dot" cx="{across:.1f}" cy="{down:.1f}" r="3"><title>{told}</title></circle>')
     name = escape(f"{y_label} by {x_label}, from {ys[0]:.4g} to {ys[-1]:.4g}", quote=True)
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
+
+
+def chart_file(panels: Mapping[str, Mapping[str, Points]], y_label: str) -> str:
+    """Charts side by side that share a legend -> a whole .svg file.
+
+    panels: by the label of its x axis, each chart's lines by name: (x, y), x rising, at least one each; the first
+    panel names them all.
+    """
+    names = list(next(iter(panels.values())))
+    height = max(HEIGHT, LINE * len(names) + TOP)
+    width = WIDTH * len(panels) + LEGEND
+    told = escape(f"{y_label} of {', '.join(names)} by {' and by '.join(panels)}", quote=True)
+    body = [
+        f"<title>{told}</title>",
+        f"<style>{_STYLE}</style>",
+        f'<rect width="{width}" height="{height}" fill="#fff"/>',
+    ]
+    for number, (x_label, series) in enumerate(panels.items()):
+        parts, place = _frame([point for points in series.values() for point in points], x_label, y_label)
+        for name, points in series.items():
+            line = "L".join(f"{x:.1f} {y:.1f}" for x, y in (place(*point) for point in points))
+            parts.append(f'<path class="series" {_ink(names.index(name))} d="M{line}"/>')
+            for x, y in points:
+                across, down = place(x, y)
+                hint = escape(f"{name}: {y:.4g} at {x:g} {x_label}")
+                dot = f'cx="{across:.1f}" cy="{down:.1f}" r="2" fill="{COLOURS[names.index(name) % len(COLOURS)]}"'
+                parts.append(f"<circle {dot}><title>{hint}</title></circle>")
+        body.append(f'<g transform="translate({number * WIDTH} 0)">{"".join(parts)}</g>')
+    for i, name in enumerate(names):
+        y = TOP + LINE * i + LINE / 2
+        body.append(f'<path class="series" {_ink(i)} d="M{width - LEGEND} {y}h22"/>')
+        body.append(f'<text x="{width - LEGEND + 28}" y="{y + 4}">{escape(name)}</text>')
+    head = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" role="img"'
+    return f"<svg {head}>{''.join(body)}</svg>\n"
+
+
+def _ink(number: int) -> str:
+    dash = DASHES[number // len(COLOURS) % len(DASHES)]
+    return f'stroke="{COLOURS[number % len(COLOURS)]}"' + (f' stroke-dasharray="{dash}"' if dash else "")
+
+
+def _frame(
+    points: Points, x_label: str, y_label: str
+) -> tuple[list[str], Callable[[float, float], tuple[float, float]]]:
+    """Grid and labels that fit these points, and where in the chart a point lies."""
+    ys = [y for _, y in points]
+    log = min(ys) > 0 and max(ys) / min(ys) >= LOG_RATIO
+    x_axis, y_axis = Axis([x for x, _ in points], log=False), Axis(ys, log=log)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = LEFT + x_axis.place(x) * (WIDTH - LEFT - RIGHT)
+        return across, TOP + (1 - y_axis.place(y)) * (HEIGHT - TOP - BOTTOM)
+
+    return [*_grid(x_axis, y_axis), *_labels(x_label, f"{y_label}, log scale" if log else y_label)], place
 
 
 class Axis:

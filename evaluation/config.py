@@ -23,6 +23,8 @@ class EvalConfig:
     comparison: int = option(12, "first images of each subject kept for the report", low=0)
     repeats: int = option(5, "timed calls of latency", low=1)
     teacher_steps: list[int] = option([50], "the teacher is judged at each of these step counts")
+    # at more steps than a student was made for its scheduler refuses the call
+    student_steps: list[int] = option([], "besides its own: those of these step counts that a student takes", low=1)
     teacher_guidance: float = option(7.5, "guidance scale of the teacher's images", low=1)
     every: int = option(0, "steps between quick evaluations during training; 0 is never", low=0)
     num_images_training: int = option(256, "images of a quick evaluation", low=2)

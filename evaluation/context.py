@@ -42,6 +42,7 @@ class Context:
         concept: prompt -> the candidate it stands for.
         device: where features are computed.
         call: the subject's pipeline, where there is one.
+        prompts: of all images that the metrics will see, an entry each, over all processes; for diversity.
     """
 
     clip: str | None = None
@@ -51,6 +52,7 @@ class Context:
     concept: Callable[[str], str] = same
     device: torch.device | str = "cpu"
     call: Call | None = None
+    prompts: Sequence[str] = ()
 
 
 class MetricLike(Protocol):

@@ -69,15 +69,22 @@ class Clip:
         self._tokenizer, self._processor = processor.tokenizer, processor.image_processor
         self._tokens = self._model.config.text_config.max_position_embeddings
         self._texts: dict[str, Tensor] = {}
+        self._last: tuple[Tensor, Tensor] | None = None
         self._path, self._device = path, device
         self.num_features: int = self._model.config.projection_dim
         self._sha256 = fingerprint({"clip": self._model})
 
     @torch.no_grad()
     def images(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] -> [B, D], prepared exactly as the CLIP's own image processor does."""
-        pixels = self._processor(images=list(images.cpu()), return_tensors="pt")["pixel_values"]
-        return _embedding(self._model.get_image_features(pixel_values=pixels.to(self._device)))
+        """uint8 [B, 3, H, W] -> [B, D], prepared exactly as the CLIP's own image processor does.
+
+        The metrics ask for the same batch in turn, so the last one's embeddings are kept.
+        """
+        if self._last is None or not torch.equal(self._last[0], images.cpu()):
+            pixels = self._processor(images=list(images.cpu()), return_tensors="pt")["pixel_values"]
+            rows = _embedding(self._model.get_image_features(pixel_values=pixels.to(self._device)))
+            self._last = (images.cpu().clone(), rows)
+        return self._last[1].clone()
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:

@@ -14,7 +14,7 @@ from fastgen import config, registry
 from fastgen import recipe as recipes
 from fastgen.config import ConfigError
 from fastgen.data import Source
-from fastgen.export import check_pipeline, opening, read_card
+from fastgen.export import check_pipeline, from_pretrained, opening, read_card
 
 from . import report, runner
 from .config import EvalConfig
@@ -48,33 +48,44 @@ def reference(decoded: EvalConfig, image_size: tuple[int, int], where: str) -> S
 
 
 class Quick:
-    """Judges a training run's exported network on a few images of the trainer's own sampler, latency left out."""
+    """Judges a training run's exported network on a few images of the trainer's own sampler.
+
+    Latency is left out, and diversity where no prompt of these few comes twice.
+    """
 
     def __init__(self, tree: Mapping[str, Any], where: str) -> None:
         """tree: the ``eval:`` section, decoded now so that a mistake in it shows before the first step."""
         self._settings, self._where = settings(tree, where), where
-        self._known: tuple[Source, Context] | None = None
+        self._context: Context | None = None
 
     def __call__(self, session: Session) -> dict[str, float]:
         """The values by name. The reference is gone through the first time only."""
         decoded = self._settings
-        source, context = self._known = self._known or self._open(session)
-        names = [name for name in decoded.metrics if name != "latency"]
+        context = self._context = self._context or self._open(session)
+        # few images may show no prompt twice
+        left_out = {"latency"} if runner.comes_twice(context.prompts) else {"latency", "diversity"}
+        names = [name for name in decoded.metrics if name not in left_out]
 
         def batches() -> Iterator[tuple[Tensor, Sequence[str]]]:
             for start in range(0, decoded.num_images_training, decoded.batch_size):
                 samples = range(start, min(start + decoded.batch_size, decoded.num_images_training))
-                prompts = [source.item(i).prompt for i in samples]
+                prompts = [context.prompts[i] for i in samples]
                 yield session.images(prompts, samples), prompts
 
         return runner.measure_images(batches(), context, names)
 
-    def _open(self, session: Session) -> tuple[Source, Context]:
-        source = reference(self._settings, session.family.image_size, self._where)
-        real = runner.Real(source, range(min(self._settings.num_images, len(source))), self._settings.batch_size)
-        clip = recipes.locate(self._settings.clip) if self._settings.clip else None
-        inception = self._settings.inception
-        return source, Context(clip, inception, real, source.candidates, source.concept, session.device)
+    def _open(self, session: Session) -> Context:
+        decoded = self._settings
+        source = reference(decoded, session.family.image_size, self._where)
+        return Context(
+            recipes.locate(decoded.clip) if decoded.clip else None,
+            decoded.inception,
+            runner.Real(source, range(min(decoded.num_images, len(source))), decoded.batch_size),
+            source.candidates,
+            source.concept,
+            session.device,
+            prompts=[source.item(i).prompt for i in range(decoded.num_images_training)],
+        )
 
 
 def judge(
@@ -84,28 +95,54 @@ def judge(
 
     teacher: path or None. student: whether ``target`` is a student's pipeline or itself a teacher's.
     """
-    from accelerate import PartialState
-
     decoded = settings(tree, where)
-    subjects: list[Subject] = []
     for path in [p for p in (teacher, str(target)) if p]:
         check_pipeline(path)
     teaching = teacher if student else str(target)
-    if teaching:
-        subjects += [
-            Subject(f"teacher, {n} step{'s' * (n > 1)}", "teacher", teaching, n, decoded.teacher_guidance)
-            for n in decoded.teacher_steps
-        ]
+    subjects = teachers(teaching, decoded) if teaching else []
     if student:
-        card = read_card(target)
-        steps = card.get("num_inference_steps")
-        name = card.get("method", "student")  # one without steps of its own is sampled as its teacher is
-        label = f"{name}, {steps} step{'s' * (steps != 1)}" if steps else name
-        subjects.append(Subject(label, "student", str(target)))
-    size = image_size(target)
+        subjects += students(target, decoded)
+    rows = measure(subjects, decoded, where, image_size(target), out)
+    report.write_report(out)
+    return rows
+
+
+def teachers(path: str, decoded: EvalConfig) -> list[Subject]:
+    """The teacher's pipeline at each of ``eval.teacher_steps``."""
+    return [
+        Subject(f"teacher, {report.counted(n)}", "teacher", path, n, decoded.teacher_guidance)
+        for n in decoded.teacher_steps
+    ]
+
+
+def students(folder: Path, decoded: EvalConfig, name: str = "") -> list[Subject]:
+    """A student's pipeline at its own number of steps, then at those of ``eval.student_steps`` that it takes.
+
+    A student of N steps takes as many or fewer: its scheduler then calls it at some of the times it was trained at.
+    One without steps of its own is sampled as its teacher is and takes any number. name: for its rows; empty: its
+    method's.
+    """
+    card = read_card(folder)
+    own, name = card.get("num_inference_steps"), name or card.get("method", "student")
+    subjects = [Subject(f"{name}, {report.counted(own)}" if own else name, "student", str(folder))]
+    fewer = [n for n in decoded.student_steps if own is None or n < own]
+    return subjects + [Subject(f"{name}, {report.counted(n)}", "student", str(folder), n) for n in fewer]
+
+
+def measure(
+    subjects: Sequence[Subject],
+    decoded: EvalConfig,
+    where: str,
+    size: tuple[int, int],
+    out: Path,
+    known: Sequence[runner.Row] = (),
+) -> list[runner.Row]:
+    """The rows of these subjects, whose images are (height, width) = size. known: rows of earlier calls, kept."""
+    from accelerate import PartialState
+
     source = reference(decoded, size, where)
     clip = recipes.locate(decoded.clip) if decoded.clip else None
-    rows = runner.evaluate(
+    return runner.evaluate(
         subjects,
         replace(decoded, clip=clip),
         source,
@@ -113,17 +150,14 @@ def judge(
         candidates=source.candidates,
         concept=source.concept,
         out=out,
+        known=known,
     )
-    report.write_report(out)
-    return rows
 
 
 def image_size(folder: Path) -> tuple[int, int]:
     """(height, width) in pixels that a pipeline makes by default."""
-    from diffusers import DiffusionPipeline
-
     with opening(folder):
-        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+        pipeline = from_pretrained(folder, dtype=torch.float32)
     network = pipeline.components.get("unet") or pipeline.components["transformer"]
     side: int | Sequence[int] = network.config.sample_size
     height, width = (side, side) if isinstance(side, int) else side

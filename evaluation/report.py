@@ -45,19 +45,20 @@ class Column:
 
 COLUMNS = (
     Column("steps", "Steps", "Steps", "", str),
-    Column("guidance_scale", "Guidance", "Guid.", "", lambda v: f"{v:g}"),
+    Column("guidance_scale", "Guidance", "Guid", "", lambda v: f"{v:g}"),
     Column("fid", "FID", "FID", "low", lambda v: f"{v:.2f}"),
     Column("clip_score", "CLIP score", "CLIP", "high", lambda v: f"{v:.1f}"),
-    Column("retrieval", "Retrieval", "Retr.", "high", lambda v: f"{100 * v:.1f}%"),
-    Column("seconds_per_image", "Seconds per image", "s/image", "low", lambda v: f"{v:.3g}"),
-    Column("network_evaluations", "Network evaluations", "Evals", "low", lambda v: f"{v:g}"),
+    Column("retrieval", "Retrieval", "Retr", "high", lambda v: f"{100 * v:.1f}%"),
+    Column("diversity", "Diversity", "Div", "high", lambda v: f"{v:.3f}"),
+    Column("seconds_per_image", "Seconds per image", "s/img", "low", lambda v: f"{v:.3g}"),
+    Column("network_evaluations", "Network evaluations", "NFE", "low", lambda v: f"{v:g}"),
 )
 _ARROWS = {"low": " ↓", "high": " ↑", "": ""}
 
 
-def used_columns(rows: Sequence[Row]) -> list[Column]:
+def used_columns(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> list[Column]:
     """The columns in which at least one row has a value."""
-    return [column for column in COLUMNS if any(row.get(column.key) is not None for row in rows)]
+    return [column for column in columns if any(row.get(column.key) is not None for row in rows)]
 
 
 def cell(row: Row, column: Column) -> str:
@@ -77,9 +78,9 @@ def best(rows: Sequence[Row], column: Column) -> set[int]:
     return {i for i, value in values.items() if column.write(value) == top}
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
-    """The results in Markdown; the best value of each column is bold."""
-    columns = used_columns(rows)
+def markdown_table(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> str:
+    """The results in Markdown, in those of the columns that have a value; the best of each is bold."""
+    columns = used_columns(rows, columns)
     lines = [
         "| | " + " | ".join(c.title + _ARROWS[c.better] for c in columns) + " |",
         "|---|" + "---:|" * len(columns),
@@ -93,22 +94,32 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def insert(rows: Sequence[Row], document: Path, name: str) -> None:
-    """Put the table, with what it was measured on, between ``<!-- NAME -->`` and ``<!-- /NAME -->`` in a document.
+    """Put the table, with what it was measured on, into its place in a document. Raises ValueError as ``place``."""
+    place(f"{markdown_table(rows)}\n{said(rows)}", document, name)
+
+
+def place(made: str, document: Path, name: str) -> None:
+    """Put Markdown between ``<!-- NAME -->`` and ``<!-- /NAME -->`` in a document, for what was there.
 
     Raises ValueError if the document has no such place.
     """
+    before, after = around(document, name)
+    write_text(document, f"{before}\n\n{made}\n\n{after}")
+
+
+def around(document: Path, name: str) -> tuple[str, str]:
+    """A document up to and with ``<!-- NAME -->``, and from ``<!-- /NAME -->`` on. Raises ValueError."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     text = document.read_text(encoding="utf-8") if document.is_file() else ""
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
         raise ValueError(f"{document}: has no place for the results; write {begin} and {end} on lines of their own")
     before, _, rest = text.partition(begin)
-    after = rest.partition(end)[2]
-    made = f"{begin}\n\n{markdown_table(rows)}\n{_said(rows)}\n\n{end}"
-    write_text(document, before + made + after)
+    return before + begin, end + rest.partition(end)[2]
 
 
-def _said(rows: Sequence[Row]) -> str:
+def said(rows: Sequence[Row]) -> str:
     """One paragraph of protocol, for below a table."""
+    commits = dict.fromkeys(_short(str(row["protocol"].get("commit"))) for row in rows if row.get("protocol"))
     protocol: Row = next((row["protocol"] for row in reversed(rows) if row.get("protocol")), {})
     versions = protocol.get("versions", {})
     names = ", ".join(f"{k} {versions[k]}" for k in ("torch", "diffusers", "transformers") if k in versions)
@@ -116,9 +127,13 @@ def _said(rows: Sequence[Row]) -> str:
         f"{protocol.get('num_images')} images a row, one seed each ({protocol.get('seeds')})",
         f"{protocol.get('dtype')} on {protocol.get('device')}",
         names,
-        f"commit {str(protocol.get('commit'))[:12]}",
+        f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}",
     ]
     return "; ".join(part for part in parts if part) + "."
+
+
+def _short(commit: str) -> str:
+    return commit[:12] + "-dirty" * commit.endswith("-dirty")
 
 
 def picture(run: Path, file: Path, side: int = 96) -> None:
@@ -236,12 +251,16 @@ def _verdict(rows: Sequence[Row]) -> str:
         return ""
     student, teacher = min(students, key=lambda r: r["fid"]), max(teachers, key=lambda r: r["steps"])
     fid = COLUMNS[2]
+    named = {str(r["name"]).partition(",")[0] for r in students}
+    who = "The student" if len(named) == 1 else f"The best student, {str(student['name']).partition(',')[0]},"
     words = [
-        f"The student reaches FID {cell(student, fid)} in {_steps(student)}",
-        f"the teacher {cell(teacher, fid)} in {_steps(teacher)}",
+        f"{who} reaches FID {cell(student, fid)} in {counted(student['steps'])}",
+        f"the teacher {cell(teacher, fid)} in {counted(teacher['steps'])}",
     ]
     words += [
-        f"{cell(r, fid)} in {_steps(r)}" for r in teachers if r is not teacher and r["steps"] == student["steps"]
+        f"{cell(r, fid)} in {counted(r['steps'])}"
+        for r in teachers
+        if r is not teacher and r["steps"] == student["steps"]
     ][:1]
     told = f"{words[0]}; {' and '.join(words[1:])}."
     times = [r.get("seconds_per_image") for r in (student, teacher)]
@@ -252,8 +271,9 @@ def _verdict(rows: Sequence[Row]) -> str:
     return f'<p class="verdict">{_text(told)}</p>'
 
 
-def _steps(row: Row) -> str:
-    return f"{row['steps']} step{'' if row['steps'] == 1 else 's'}"
+def counted(steps: int) -> str:
+    """1 step, 2 steps."""
+    return f"{steps} step{'' if steps == 1 else 's'}"
 
 
 def _table(rows: Sequence[Row]) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastgen import parallel, registry
 from fastgen.checkpoint import write_text
 from fastgen.data import Source
-from fastgen.export import read_card
+from fastgen.export import from_pretrained, read_card
 from fastgen.recipe import DTYPES
 from fastgen.rng import seed_of
 
@@ -33,7 +33,7 @@ from .features import fingerprint
 log = logging.getLogger("fastgen")
 
 Row = dict[str, Any]
-VALUES = ("fid", "clip_score", "retrieval", "seconds_per_image", "network_evaluations")
+VALUES = ("fid", "clip_score", "retrieval", "diversity", "seconds_per_image", "network_evaluations")
 """The values every row has, None where they do not apply; others follow."""
 DATA = "real images"
 """Name of the row of real images."""
@@ -69,6 +69,7 @@ def evaluate(
     concept: Callable[[str], str] = same,
     out: Path | None = None,
     keep: Path | None = None,
+    known: Sequence[Row] = (),
 ) -> list[Row]:
     """Judge every subject on the prompts of the reference's first ``num_images`` items, and real images beside them.
 
@@ -83,9 +84,11 @@ def evaluate(
         concept: prompt -> the candidate it stands for.
         out: folder for ``results.json``, written anew after each row, and ``comparison/``.
         keep: folder for all images as PNG; those found there are not made again.
+        known: rows of this very evaluation: what they are of is not judged again.
 
     Returns:
-        Rows with name, role, steps, guidance_scale, ``VALUES``, further values, protocol; real images first.
+        The known rows, then new ones with name, role, steps, guidance_scale, ``VALUES``, further values, protocol;
+        real images first.
 
     Raises:
         ValueError: on anything that cannot be measured, before any image is made where that can be known.
@@ -103,9 +106,10 @@ def evaluate(
         candidates,
         concept,
         device,
+        prompts=prompts,
     )
     metrics(config.metrics, context)  # what cannot be measured is known now
-    rows: list[Row] = []
+    rows, judged = list(known), {row["name"] for row in known}
 
     def add(row: Row) -> None:
         rows.append(row)
@@ -115,7 +119,7 @@ def evaluate(
             out.mkdir(parents=True, exist_ok=True)
             write_text(out / "results.json", json.dumps(rows, indent=1) + "\n")
 
-    if reference.has_images:
+    if reference.has_images and DATA not in judged:
         start = count if has_second_draw else 0
         add(_real_row(reference, config, context, start, with_fid=has_second_draw))
 
@@ -124,7 +128,7 @@ def evaluate(
 
         _compare(out, DATA, "data", config, prompts, real)
     loaded: tuple[Any, Any] = (None, None)
-    for subject in subjects:
+    for subject in [s for s in subjects if s.name not in judged]:
         if loaded[0] is None or loaded[0] != subject.pipeline:
             loaded = (subject.pipeline, open_pipeline(subject.pipeline, DTYPES[config.dtype], device))
         add(_subject_row(resolved(subject, loaded[1]), loaded[1], config, context, prompts, out, keep))
@@ -149,6 +153,11 @@ def measure_images(
 def metrics(names: Sequence[str], context: Context) -> dict[str, MetricLike]:
     """The metrics of these names, made. Raises ValueError for an unknown one or one that lacks what it needs."""
     return {name: registry.find("metric", name).Metric(context) for name in names}
+
+
+def comes_twice(prompts: Sequence[str]) -> bool:
+    """Whether any prompt does, as diversity needs it."""
+    return len(set(prompts)) < len(prompts)
 
 
 def generate(
@@ -185,12 +194,11 @@ def arguments(steps: int | None, guidance_scale: float | None) -> dict[str, Any]
 def open_pipeline(pipeline: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
     """A pipeline by folder or Hub id, through plain Diffusers; a loaded one as it is. Raises ValueError."""
     if isinstance(pipeline, str | Path):
-        from diffusers import DiffusionPipeline
         from safetensors import SafetensorError
 
         unusable = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
         try:
-            pipeline = DiffusionPipeline.from_pretrained(pipeline, dtype=dtype)
+            pipeline = from_pretrained(pipeline, dtype=dtype)
         except unusable as error:
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"{pipeline}: not a pipeline that Diffusers can open ({reason})") from None
@@ -271,12 +279,16 @@ def _real(source: Source, indices: range) -> Tensor:
 
 def _real_row(source: Source, config: EvalConfig, context: Context, start: int, with_fid: bool) -> Row:
     """Real images from item ``start``: another draw than the reference, whose distance is the floor, or the same."""
-    used = metrics([name for name in config.metrics if name != "fid" or with_fid], context)
     indices = range(start, start + min(config.num_images, len(source)))
+    prompts = [source.item(i).prompt for i in indices]
+    left_out = {"fid"} if not with_fid else set()
+    if not comes_twice(prompts):
+        left_out.add("diversity")
+    used = metrics([name for name in config.metrics if name not in left_out], replace(context, prompts=prompts))
     for part in _shares(indices, config.batch_size):
-        images, prompts = _real(source, part), [source.item(i).prompt for i in part]
+        images = _real(source, part)
         for metric in used.values():
-            metric.update(images, prompts)
+            metric.update(images, [prompts[i - start] for i in part])
     values, details = _reduced(used, context.device)
     note = f"items {indices.start} to {indices.stop - 1} of the reference source"
     if not with_fid:

@@ -12,7 +12,7 @@ from fastgen import registry
 SHIPPED = {
     "method": {"dmd2", "pretrain"},
     "family": {"sd"},
-    "metric": {"fid", "clip_score", "latency"},
+    "metric": {"fid", "clip_score", "diversity", "latency"},
     "source": {"prompts", "images", "emoji"},
 }
 
@@ -49,7 +49,7 @@ def test_a_dotted_path_finds_a_module_elsewhere(monkeypatch: pytest.MonkeyPatch)
         ("family", "flux9", "unknown family 'flux9'; known: .*sd"),
         ("source", "prompt", "unknown source 'prompt'; did you mean 'prompts'?"),
         ("source", "batches", "unknown source 'batches'; known: emoji, images, pairs, prompts"),
-        ("metric", "runner", "unknown metric 'runner'; known: clip_score, fid, latency"),
+        ("metric", "runner", "unknown metric 'runner'; known: clip_score, diversity, fid, latency"),
         ("method", "no.such.module", "unknown method 'no.such.module'; known: "),
         ("method", "json.decoder", "unknown method 'json.decoder'; known: "),
         ("method", "a/b", "unknown method 'a/b'; known: "),
