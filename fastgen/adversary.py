@@ -14,7 +14,7 @@ A method adds the term so:
     if self.adversary:                                                              # in the student's loss
         terms["gan"] = self.adversary.student(x0, batch.cond, rng)
 
-and needs images if ``config.adversarial.weight > 0``.
+and needs images if ``config.adversarial.weight > 0``. Its phases need ``student_passes`` and ``critic_passes``.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from .denoiser import Cond, Denoiser
 from .discriminator import Heads, features
 from .family import Family
 from .method import Batch, Phase, Terms
+from .passes import Mode, Pass
 from .rng import Noise
 from .schedule import add_noise
 
@@ -131,10 +132,11 @@ class Adversary:
         """What the heads read: one [B, C, H, W] per block."""
         return features(self.backbone, self.blocks, x_t, t, cond)
 
-    def phase(self, generate: Callable[[Batch, Noise], Tensor]) -> Phase:
+    def phase(self, generate: Callable[[Batch, Noise], Tensor], calls: float = 1.0) -> Phase:
         """A turn of the discriminator's own, for a method without another critic to learn in.
 
-        generate: (batch, rng) -> the student's x0 as in its own phase, [B, ...]; called without gradients.
+        generate: (batch, rng) -> the student's x0 as in its own phase, [B, ...]; called without gradients. calls: of
+        the student, that this takes.
         """
 
         def loss(batch: Batch, rng: Noise) -> Terms:
@@ -143,7 +145,29 @@ class Adversary:
                 fake = generate(batch, rng)
             return {"gan": self.discriminator(real, fake, batch.cond, rng)}
 
-        return Phase("discriminator", ["discriminator"], loss)
+        passes = (Pass("student", count=calls), *critic_passes(self))
+        return Phase("discriminator", ["discriminator"], loss, passes=passes)
+
+
+def student_passes(adversary: Adversary | None) -> tuple[Pass, ...]:
+    """What ``Adversary.student`` needs; nothing without an adversary."""
+    if adversary is None:
+        return ()
+    backbone = Pass(adversary.options.features, "inputs", blocks=tuple(adversary.blocks))
+    return backbone, Pass("discriminator", "inputs")
+
+
+def critic_passes(adversary: Adversary | None) -> tuple[Pass, ...]:
+    """What ``Adversary.discriminator`` needs, where a fake score whose features are read learns too."""
+    if adversary is None:
+        return ()
+    options, blocks = adversary.options, tuple(adversary.blocks)
+    mode: Mode = "weights" if options.features == "fake_score" else "forward"
+    if options.r1 > 0 and options.r1_kind == "features":
+        heads = Pass("discriminator", "penalty"), Pass("discriminator", "weights")
+        return Pass(options.features, mode, 2, blocks=blocks), *heads
+    count = 3 if options.r1 > 0 else 2
+    return Pass(options.features, mode, count, blocks=blocks), Pass("discriminator", "weights", count)
 
 
 def make(

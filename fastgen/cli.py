@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -20,6 +22,18 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+bench = typer.Typer(
+    help="Measure what methods cost: time against its floor, memory against what must be held.", no_args_is_help=True
+)
+app.add_typer(bench, name="bench")
+
+Configs = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="YAML configs, and changes to them all: key.key=value. None: the emoji world's of every method.",
+        metavar="CONFIG|KEY=VALUE",
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Changes to the config: key.key=value, values read as YAML.", metavar="KEY=VALUE"),
@@ -122,36 +136,86 @@ def generate(
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; may be given several times.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNGs.")] = Path("images"),
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; a student knows its own.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="A student needs none; 1.0 is off.")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="A student needs none; 1.0 is off. With --teacher it is the teacher's.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Image i of a prompt depends on this and i alone.")] = 0,
     num_images: Annotated[int, typer.Option("--num-images", "-n", min=1, help="Images per prompt.")] = 1,
     dtype: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Of the weights.")] = "fp32",
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What not to draw; a student needs --guider nasa for it.")
+    ] = None,
+    guider: Annotated[
+        Literal["cfgpp", "adaptive", "linear", "nasa"] | None,
+        typer.Option(
+            help="Guidance without training, see docs/guiders.md: nasa for students, the others for teachers."
+        ),
+    ] = None,
+    guider_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="cfgpp: 0 to 1, default 0.6. adaptive: cosine at which guidance stops, default 0.99. nasa: weight of "
+            "the negative prompt, default 0.1."
+        ),
+    ] = None,
+    coefficients: Annotated[
+        Path | None, typer.Option(help="With --guider linear: what fastgen.pipelines.guiders.fit gave and save wrote.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Pipeline that takes the first of a student's intervals, for diversity.")
+    ] = None,
+    teacher_steps: Annotated[int, typer.Option(min=1, help="With --teacher: its steps from noise to image.")] = 20,
 ) -> None:
     """Make images with a pipeline, distilled or not."""
+    import contextlib
+
     import torch
     from accelerate import PartialState
 
     from .export import load, read_card
+    from .pipelines import guiders
     from .recipe import DTYPES, locate
     from .rng import seed_of
 
+    if guider is None and (guider_scale is not None or coefficients is not None):
+        raise ValueError("--guider-scale and --coefficients say more of a guider; give --guider too")
+    chosen = guiders.Choice(guider, guider_scale, negative_prompt, coefficients) if guider else None
     state, path = PartialState(), locate(pipeline)
     own = read_card(Path(path)).get("num_inference_steps")
     if steps and own and steps > own:
         raise ValueError(f"{pipeline}: is a student of {own} step{'s' * (own > 1)}; leave out --steps {steps}")
+    if own == 1 and teacher is not None:
+        raise ValueError(f"{pipeline}: is a student of 1 step, which --teacher would replace; leave one out")
+    if negative_prompt is not None and guider != "nasa":
+        if own and teacher is None:
+            raise ValueError(f"{pipeline}: is a student, whose call ignores a negative prompt; add --guider nasa")
+        if guidance_scale is not None and guidance_scale <= 1:
+            raise ValueError(f"a negative prompt does nothing at guidance scale {guidance_scale:g}; give more than 1")
     pipe = load(path, dtype=DTYPES[dtype])
     pipe.set_progress_bar_config(disable=True)
     pipe.to(state.device)
-    given: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+    given = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
     call = {name: value for name, value in given.items() if value is not None}
     out.mkdir(parents=True, exist_ok=True)
     wanted = [(number, index) for number in range(len(prompt)) for index in range(num_images)]
-    for number, index in wanted[state.process_index :: state.num_processes]:
-        generator = torch.Generator().manual_seed(seed_of(seed, index))
-        image = pipe(prompt[number], generator=generator, **call).images[0]
-        file = out / f"{number:04d}_{index:02d}.png"
-        image.save(file)
-        typer.echo(f"{file}  {prompt[number]}")
+    mine, counts = wanted[state.process_index :: state.num_processes], []
+    with contextlib.ExitStack() as stack:
+        if teacher is not None:
+            first = load(locate(teacher), dtype=DTYPES[dtype]).to(state.device)
+            first.set_progress_bar_config(disable=True)
+            its_own = float(call.pop("guidance_scale", 7.5))
+            counts.append(stack.enter_context(guiders.diversity(pipe, first, 1, teacher_steps, its_own)))
+        if chosen is not None:
+            counts.append(stack.enter_context(chosen.switched_on(pipe)))
+            call = chosen.call() | call
+        for number, index in mine:
+            generator = torch.Generator().manual_seed(seed_of(seed, index))
+            image = pipe(prompt[number], generator=generator, **call).images[0]
+            file = out / f"{number:04d}_{index:02d}.png"
+            image.save(file)
+            typer.echo(f"{file}  {prompt[number]}")
+    if counts and mine:
+        say(f"{counts[0].evaluations / len(mine):.4g} network evaluations an image")
 
 
 @app.command()
@@ -312,6 +376,122 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Rows for a mach
         raise typer.Exit(1)
 
 
+@bench.command()
+def cost(
+    configs: Configs = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Rows for a machine.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of every config.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Of which medians are taken.")] = 9,
+    clock: Annotated[
+        Literal["wall", "cpu"], typer.Option(help="cpu: this process's time, steadier where others work too.")
+    ] = "wall",
+) -> None:
+    """Time a training step of each method against its floor: the network passes that its algorithm needs."""
+    from . import cost as costs
+    from . import recipe as recipes
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, tree in benched(configs or [], [f"run.batch_size={batch_size}"], Path(folder)):
+            rows.append(costs.measure(recipes.decode(tree, name), name, rounds, clock))
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+    else:
+        costs.print_table(rows)
+
+
+@bench.command()
+def memory(
+    configs: Configs = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Rows for a machine.")] = False,
+) -> None:
+    """Measure the peak memory of training against what must be held: the student whole, as adapters, all on one."""
+    from . import memory as memories
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, tree in benched(configs or [], [], Path(folder)):
+            rows += memories.rows(tree, name, name)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+    else:
+        memories.print_table(rows)
+
+
+def benched(given: list[str], changes: list[str], folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and tree of the configs to be measured, changed by all KEY=VALUE among ``given``, last of all.
+
+    Without a config those of the emoji world, on the shipped teacher, each method and its options once. Where one
+    names the config that its pairs are made by, a few are made in ``folder``.
+    """
+    from .config import override, read
+
+    shipped = shipped_configs()
+    changes = [*changes, *(text for text in given if "=" in text)]
+    paths = [find_config(Path(text)) for text in given if "=" not in text]
+    names = {path.resolve(): name for name, path in shipped.items()}
+    trees = {names.get(path.resolve(), str(path)): read(path) for path in paths}
+    if not paths:
+        found = {name: read(path) for name, path in shipped.items() if name.startswith("emoji/")}
+        recipes = {name: tree for name, tree in found.items() if "method" in tree}
+        kinds = {name: str(tree["method"]["name"]) for name, tree in recipes.items()}
+        for name in sorted(recipes, key=lambda name: (kinds[name], name != f"emoji/{kinds[name]}", name)):
+            if not any(tree["method"] == recipes[name]["method"] for tree in trees.values()):
+                trees[name] = override(recipes[name], ["model.path=assets:emoji/teacher"])
+    for name, tree in trees.items():
+        yield name, with_pairs(override(tree, changes), folder)
+
+
+def with_pairs(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The tree with a few pairs in ``folder`` for its data, if it says by which config pairs are made."""
+    data = tree.get("data", {})
+    if data.get("source") != "pairs" or not data.get("made_by"):
+        return tree
+    from .config import override, read
+    from .pairs import decode, make
+
+    out = folder / data["made_by"].replace("/", "-")
+    if not out.exists():
+        own = read(find_config(Path(data["made_by"])))
+        changes = [f"pairs.out={out}", f"pairs.number={tree.get('run', {}).get('batch_size', 8)}"]
+        make(decode({**override(own, changes), "model": tree["model"]}, data["made_by"]))
+    return {**tree, "data": {**data, "path": str(out)}}
+
+
+@bench.command()
+def methods(
+    configs: Annotated[
+        list[Path] | None, typer.Argument(help="YAML configs; the emoji world's of every method if none is given.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="For the rows; the chart goes beside it.")] = Path("docs/results.json"),
+    into: Annotated[
+        Path | None, typer.Option(help="Markdown with a place <!-- methods -->; beside --out if not given.")
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="For pictures and report.html of all together.")] = Path("runs/methods"),
+) -> None:
+    """Train every method that is not trained yet, judge all beside their teacher, write the comparison; resumes."""
+    from . import registry
+    from .evaluation import methods as comparison
+    from .evaluation.methods_report import worse_than_teacher
+    from .evaluation.report import print_table
+
+    shipped = shipped_configs()
+    if configs:
+        names = {path.resolve(): name for name, path in shipped.items()}
+        given = {names.get(path.resolve(), str(path)): path for path in map(find_config, configs)}
+    else:
+        given = {name: shipped[name] for m in registry.names("method") if (name := f"emoji/{m}") in shipped}
+    places = comparison.Places(out, into or out.with_suffix(".md"), folder)
+    rows, failed = comparison.bench(comparison.entries(given), places)
+    print_table(rows)
+    for row in rows:
+        if worse_than_teacher(row, rows):
+            say(f"{row['name']}: worse than the undistilled teacher at as many steps")
+    say(f"{out}, {places.document}, {folder / 'report.html'}")
+    if failed:
+        fail(f"the training of {', '.join(failed)} failed; the same command goes on", 1)
+
+
 def say(text: str) -> None:
     """A line of result, from the main process only."""
     if is_main():
@@ -327,14 +507,26 @@ def is_main() -> bool:
 
 def main() -> None:
     """Run the command line: exit code 2 for bad input, 1 for what failed, no traceback unless --debug."""
+    usage: Any = typer.BadParameter.__mro__[1]  # UsageError, of click or of the click within newer typers
+    code: Any = 0
     try:
-        app()
-    except KeyboardInterrupt:
-        fail("interrupted; the newest checkpoint is whole", 130)
+        code = app(standalone_mode=False)  # else a usage error would be a box of several lines
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except usage as error:
+        told = error.format_message()
+        if told:
+            command = error.ctx.command_path if error.ctx else "fastgen"
+            fail(f"{told[0].lower()}{told[1:].rstrip('.')}; `{command} -h` shows what there is", 2)
+        code = 2  # no command was given, and the help is printed
     except Exception as error:
         if "--debug" in sys.argv:
             raise
         fail(*explained(error))
+    if code == 130:  # newer typers catch Ctrl-C themselves
+        fail("interrupted; the newest checkpoint is whole", 130)
+    if code:
+        sys.exit(code)
 
 
 def fail(text: str, code: int) -> NoReturn:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from .experts import Experts
 from .prediction import Kind, Prediction
 from .schedule import Schedule
 
@@ -45,8 +46,24 @@ class Denoiser:
         """x_t: [B, ...]; t: [B] on the schedule's clock -> Prediction in float32 (float64 if x_t is)."""
         at = self.schedule(t).like(x_t)
         with torch.autocast(x_t.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-            y = self.call(self.network, x_t, t, cond)
+            y = self._call(x_t, t, cond)
         return Prediction(y.to(at.alpha.dtype), self.kind, x_t.to(at.alpha.dtype), at)
+
+    def _call(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The network's output, of several experts each one's for its own rows: [B, ...]."""
+        network = self.network
+        if not isinstance(network, Experts):
+            return self.call(network, x_t, t, cond)
+        which = network.which(t)
+        found = which.unique().tolist()
+        if len(found) == 1:
+            return self.call(network[found[0]], x_t, t, cond)
+        rows = [(which == k).nonzero()[:, 0] for k in found]
+        parts = [
+            self.call(network[k], x_t[i], t[i], {name: value[i] for name, value in cond.items()})
+            for k, i in zip(found, rows, strict=True)
+        ]
+        return torch.cat(parts)[torch.cat(rows).argsort()]
 
     def with_network(self, network: nn.Module) -> Denoiser:
         """The same denoiser round another network, for a further role."""

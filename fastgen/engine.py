@@ -7,7 +7,7 @@ visible loop body.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -20,6 +20,8 @@ from .method import Batch, Phase, Trainable
 from .rng import Noise
 
 Logs = dict[str, float]
+MakeNoise = Callable[[Sequence[int], int, int, str, torch.device], Noise]
+"""(samples, seed, step, phase, device) -> the random numbers of a micro-batch."""
 
 
 class Data(Protocol):
@@ -78,6 +80,7 @@ class Engine:
         """
         self.method, self.data, self.steps, self.seed = method, data, steps, seed
         self.batch_size, self.accumulate, self.device = batch_size, accumulate, torch.device(device)
+        self.noise: MakeNoise = Noise
         roles = sorted({role for phase in method.phases for role in phase.trains})
         for role in roles:
             if role not in method.networks:
@@ -116,12 +119,12 @@ class Engine:
 
     def turn(self, phase: Phase, step: int) -> Logs:
         """Give one phase its turn: all micro-batches, then the update. Raises NonFiniteLoss."""
-        self._train_only(phase.trains)
+        self.train_only(phase.trains)
         sums: dict[str, Tensor] = {}
         count = self.batch_size * self.accumulate * parallel.size()
-        for samples in self._micro_batches(step):
+        for samples in self.micro_batches(step):
             batch = self.data.batch(samples)
-            terms = phase.loss(batch, Noise(samples, self.seed, step, phase.name, self.device))
+            terms = phase.loss(batch, self.noise(samples, self.seed, step, phase.name, self.device))
             loss = torch.stack([term.sum() for term in terms.values()]).sum() / count
             if not loss.requires_grad:
                 raise ValueError(
@@ -130,16 +133,18 @@ class Engine:
             self.scalers[phase.name].scale(loss).backward()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach().sum() / count
-        norms = self._gradient_norms(phase)
+        norms = self.gradient_norms(phase)
         names = [*sums, *(f"{role}.grad_norm" for role in norms)]
         reduced = parallel.sum_over_processes(torch.stack([v.double() for v in sums.values()]))
         values = torch.cat([reduced, torch.stack([v.double() for v in norms.values()])]).tolist()  # the only sync
         logs = dict(zip(names, values, strict=True))
-        self._update(phase, step, logs)
+        self._check(phase, step, logs)
+        self.clip(phase, norms, {role: logs[f"{role}.grad_norm"] for role in norms})
+        self.update(phase, step)
         phase.after()
         return {f"{phase.name}/{name}": value for name, value in logs.items()}
 
-    def _micro_batches(self, step: int) -> Iterator[list[int]]:
+    def micro_batches(self, step: int) -> Iterator[list[int]]:
         """Global sample indices: those of a step are consecutive, split by process, then by micro-batch."""
         per_process = self.batch_size * self.accumulate
         start = (step * parallel.size() + parallel.rank()) * per_process
@@ -147,14 +152,15 @@ class Engine:
             first = start + i * self.batch_size
             yield list(range(first, first + self.batch_size))
 
-    def _train_only(self, roles: Sequence[str]) -> None:
+    def train_only(self, roles: Sequence[str]) -> None:
+        """Let these roles learn, and no other."""
         for role, parameters in self.parameters.items():
             self.method.networks[role].train(role in roles)
             for p in parameters.values():
                 p.requires_grad_(role in roles)
 
-    def _gradient_norms(self, phase: Phase) -> dict[str, Tensor]:
-        """Sum the gradients over processes, undo the loss scale, clip; the norms before clipping, by role."""
+    def gradient_norms(self, phase: Phase) -> dict[str, Tensor]:
+        """Sum the gradients over processes, undo the loss scale; their norms by role."""
         norms = {}
         for role in phase.trains:
             parameters = self.parameters[role].values()
@@ -163,22 +169,32 @@ class Engine:
             parallel.sum_gradients(parameters)
             self.scalers[phase.name].unscale_(self.optimizers[role])
             norms[role] = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            if self.optim[role].clip:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.optim[role].clip, norms[role])
         return norms
 
-    def _update(self, phase: Phase, step: int, logs: Logs) -> None:
+    def clip(self, phase: Phase, norms: Mapping[str, Tensor], known: Mapping[str, float]) -> None:
+        """Scale down the gradients of each role whose norm is above its largest one. known: the norms on the host."""
+        for role in phase.trains:
+            largest = self.optim[role].clip
+            # elsewhere the factor is 1, and a pass over all gradients for nothing; 1e-6 is the divisor's own
+            if largest and not known[role] + 1e-6 <= largest:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters[role].values(), largest, norms[role])
+
+    def update(self, phase: Phase, step: int) -> None:
+        """Move the weights of the roles that the phase trains by their gradients, and drop these."""
         scaler = self.scalers[phase.name]
-        for name, value in logs.items():
-            # an fp16 gradient may overflow: the scaler skips that update and lowers its scale
-            if not math.isfinite(value) and not (scaler.is_enabled() and name.endswith(".grad_norm")):
-                self._stop(phase, step, logs)
         for role in phase.trains:
             for group in self.optimizers[role].param_groups:
                 group["lr"] = self.optim[role].lr_at(step, self.steps)
             scaler.step(self.optimizers[role])
             self.optimizers[role].zero_grad(set_to_none=True)
         scaler.update()
+
+    def _check(self, phase: Phase, step: int, logs: Logs) -> None:
+        for name, value in logs.items():
+            # an fp16 gradient may overflow: the scaler skips that update and lowers its scale
+            overflow = self.scalers[phase.name].is_enabled() and name.endswith(".grad_norm")
+            if not math.isfinite(value) and not overflow:
+                self._stop(phase, step, logs)
 
     def _stop(self, phase: Phase, step: int, logs: Logs) -> None:
         shown = ", ".join(f"{name}={value:.4g}" for name, value in logs.items())

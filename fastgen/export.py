@@ -7,10 +7,12 @@ same latents and noise, what the trainer's own sampler gives.
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import json
 import textwrap
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 CARD = "fastgen.json"
 """Beside model_index.json: what the student is and how it is called."""
+USE = "DiffusionPipeline.from_pretrained(folder, trust_remote_code=True), or fastgen.load(folder)"
+"""What the card says of a pipeline that brings code, a component that Diffusers does not have."""
 LORA = "pytorch_lora_weights.safetensors"
 """The name under which Diffusers looks for a LoRA file."""
 TOLERANCE = 1e-4
@@ -66,6 +70,8 @@ def export(
         if dtype != torch.float32:
             _halve(partial, dtype)
             _gate(partial, family, network, num_steps, sampler, guidance_scale, prompts, HALF_TOLERANCE)
+        if _code(partial):
+            card = card | {"use": USE}
         (partial / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     return difference
 
@@ -103,10 +109,8 @@ def _difference(
     guidance_scale: float | None,
     prompts: list[str],
 ) -> float:
-    from diffusers import DiffusionPipeline
-
     device = next(network.parameters()).device
-    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32).to(device)
+    pipeline = from_pretrained(folder, dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed_of("gate", *prompts))
     x_t = torch.randn(len(prompts), *family.latent_shape, generator=generator)
@@ -154,7 +158,7 @@ def _halve(folder: Path, dtype: torch.dtype) -> None:
 
 def export_adapter(
     pipeline: Path,
-    weights: dict[str, torch.Tensor],
+    weights: Sequence[dict[str, torch.Tensor]],
     component: str,
     base: str | None,
     folder: Path,
@@ -163,22 +167,29 @@ def export_adapter(
     prompts: list[str],
     card: dict[str, Any],
     dtype: torch.dtype = torch.float32,
+    starts: Sequence[float] = (),
 ) -> float:
     """Write a student's adapter alone as a LoRA file, with its scheduler, if the stock pipeline takes all of it.
 
     The pipeline ``base`` with the file and the scheduler, called at guidance scale 1, must give what the exported
     ``pipeline`` gives; returns the largest relative difference. weights: as ``lora.weights`` makes them for the
-    pipeline's ``component``; base None: no stock pipeline takes them, and none is tried. Raises ExportError, with the
+    pipeline's ``component``; of experts, each one's, which become files of their own and are switched on from their
+    ``starts``, timesteps, on. base None: no stock pipeline takes them, and none is tried. Raises ExportError, with the
     keys that were dropped or added if there are any.
     """
-    from diffusers import DiffusionPipeline
     from safetensors.torch import save_file
 
+    files = [LORA] if len(weights) == 1 else [f"expert_{k}.safetensors" for k in range(1, len(weights) + 1)]
     with atomic_folder(folder) as partial:
-        save_file({k: v.to(dtype) for k, v in weights.items()}, partial / LORA, {"format": "pt"})
-        made = DiffusionPipeline.from_pretrained(pipeline, dtype=torch.float32)
+        for name, tensors in zip(files, weights, strict=True):
+            save_file({k: v.to(dtype) for k, v in tensors.items()}, partial / name, {"format": "pt"})
+        made = from_pretrained(pipeline, dtype=torch.float32)
         made.scheduler.save_pretrained(partial / "scheduler")
-        difference = 0.0 if base is None else _on_base(made, base, partial, component, num_steps, prompts, dtype)
+        if base is None:
+            difference = 0.0
+        else:
+            adapters = [partial / name for name in files]
+            difference = _on_base(made, base, adapters, starts, component, num_steps, prompts, dtype)
         (partial / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     return difference
 
@@ -186,40 +197,57 @@ def export_adapter(
 def _on_base(
     made: Any,
     base: str,
-    folder: Path,
+    files: Sequence[Path],
+    starts: Sequence[float],
     component: str,
     num_steps: int | None,
     prompts: list[str],
     dtype: torch.dtype,
 ) -> float:
-    """The largest relative difference between a pipeline and ``base`` with the LoRA file of a folder."""
+    """The largest relative difference between a pipeline and ``base`` with LoRA files, on from their starts."""
     from diffusers import DiffusionPipeline
     from safetensors import safe_open
 
-    with safe_open(folder / LORA, framework="pt") as opened:
-        wanted = set(opened.keys())
+    names = [file.stem for file in files]
     try:
         stock = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
         stock.scheduler = made.scheduler
-        stock.load_lora_weights(str(folder), weight_name=LORA, adapter_name="student")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)  # of each further file
+            for file, name in zip(files, names, strict=True):
+                stock.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
     except Exception as error:
-        raise ExportError(f"{LORA} not written: {base} does not load it ({_short(error)})") from error
-    found = {f"{component}.{name}" for name in _adapter_keys(getattr(stock, component), "student")}
-    if found != wanted:
-        dropped, added = sorted(wanted - found), sorted(found - wanted)
-        raise ExportError(f"{LORA} not written: loading it in {base} drops {dropped[:3]} and adds {added[:3]}")
+        raise ExportError(f"{files[0].name} not written: {base} does not load it ({_short(error)})") from error
+    for file, name in zip(files, names, strict=True):
+        with safe_open(file, framework="pt") as opened:
+            wanted = set(opened.keys())
+        found = {f"{component}.{key}" for key in _adapter_keys(getattr(stock, component), name)}
+        if found != wanted:
+            dropped, added = sorted(wanted - found), sorted(found - wanted)
+            raise ExportError(
+                f"{file.name} not written: loading it in {base} drops {dropped[:3]} and adds {added[:3]}"
+            )
+    stock.set_adapters(names[0])
+
+    def switch(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        coming = [float(t) for t in pipeline.scheduler.timesteps[step + 1 :]]
+        if coming:
+            pipeline.set_adapters(names[sum(coming[0] <= start for start in starts[1:])])
+        return tensors
+
     images = []
-    for called in (made, stock):
+    for called, after in ((made, None), (stock, switch)):
         called.set_progress_bar_config(disable=True)
         call: dict[str, Any] = {"num_inference_steps": num_steps or 4, "guidance_scale": 1.0}
+        call |= {"output_type": "latent", "callback_on_step_end": after}
         generator = torch.Generator().manual_seed(seed_of("gate", *prompts))
-        images.append(called(prompts, generator=generator, output_type="latent", **call).images.float())
+        images.append(called(prompts, generator=generator, **call).images.float())
     difference = float((images[0] - images[1]).abs().max() / images[0].abs().max().clamp(min=1e-3))
     allowed = TOLERANCE if dtype == torch.float32 else HALF_TOLERANCE
     if not difference <= allowed:
         raise ExportError(
-            f"{LORA} not written: with it {base} differs from the exported pipeline by {difference:.2g} "
-            f"(allowed {allowed:g})"
+            f"{', '.join(file.name for file in files)} not written: with it {base} differs from the exported pipeline "
+            f"by {difference:.2g} (allowed {allowed:g})"
         )
     return difference
 
@@ -260,6 +288,11 @@ def check_pipeline(path: str | Path, wanted: str | None = None) -> None:
         is_component = isinstance(value, list) and len(value) == 2 and value[0] is not None
         if is_component and not (folder / name).is_dir():
             raise ValueError(f"{folder}: the pipeline lacks its component {name!r}; save or download it again")
+        if is_component and wanted is not None and (folder / name / f"{value[0]}.py").is_file():
+            raise ValueError(
+                f"{folder}: its {name} is a {value[1]}, which brings its own code; this family takes Diffusers' own: "
+                "name another pipeline"
+            )
     for file in sorted(folder.glob("*/*.safetensors")):
         _check_weights(file)
 
@@ -289,19 +322,42 @@ def _short(error: Exception) -> str:
     return textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
 
 
+def _code(folder: Path) -> list[Path]:
+    """What Diffusers may run of a pipeline's folder."""
+    return [*folder.glob("*.py"), *folder.glob("*/*.py")]
+
+
+def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
+    """Diffusers' own, with ``trust_remote_code`` where a folder brings code that is this fastgen's to the byte.
+
+    Raises ValueError if it brings other code, unless ``kwargs`` say whether to trust it.
+    """
+    from diffusers import DiffusionPipeline
+
+    brought = _code(Path(path))
+    if brought and "trust_remote_code" not in kwargs:
+        home = Path(importlib.import_module("fastgen.pipelines").__path__[0])
+        ours = {file.read_bytes() for file in home.glob("*.py")}
+        for file in brought:
+            if file.read_bytes() not in ours:
+                raise ValueError(
+                    f"{file}: is not this fastgen's code; read it, and if you trust it pass trust_remote_code=True"
+                )
+        kwargs = {"trust_remote_code": True} | kwargs
+    return DiffusionPipeline.from_pretrained(path, **kwargs)
+
+
 def load(path: str | Path, **kwargs: Any) -> Any:
     """The stock Diffusers pipeline of a folder or Hub id, calling itself as its student was trained.
 
     ``num_inference_steps`` and ``guidance_scale`` default to the student's own; all else, and every keyword of
     ``from_pretrained``, is Diffusers'. Raises ValueError if the folder is not a whole pipeline.
     """
-    from diffusers import DiffusionPipeline
-
     if (Path(path) / "pipeline" / "model_index.json").is_file():
         raise ValueError(f"{path}: is a run folder; its pipeline is {Path(path) / 'pipeline'}")
     check_pipeline(path)
     with opening(path):
-        pipeline = DiffusionPipeline.from_pretrained(path, **kwargs)
+        pipeline = from_pretrained(path, **kwargs)
     card = read_card(Path(path))
     defaults = {k: card[k] for k in ("num_inference_steps", "guidance_scale") if k in card}
     if defaults:

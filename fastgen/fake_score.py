@@ -16,9 +16,14 @@ from .schedule import add_noise
 def roles(teacher: Denoiser, family: Family) -> tuple[Denoiser, Denoiser, dict[str, nn.Module]]:
     """(student, fake score, networks by role); the fake score starts as a copy of the teacher."""
     student = teacher.with_network(family.student())
-    fake_score = teacher.with_network(copy.deepcopy(teacher.network).requires_grad_(True))
+    fake_score = copied(teacher)
     networks = {"teacher": teacher.network, "student": student.network, "fake_score": fake_score.network}
     return student, fake_score, networks
+
+
+def copied(teacher: Denoiser) -> Denoiser:
+    """A fake score as it starts: a copy of the teacher that learns."""
+    return teacher.with_network(copy.deepcopy(teacher.network).requires_grad_(True))
 
 
 def denoising(fake_score: Denoiser, x0: Tensor, cond: Cond, rng: Noise) -> Tensor:

@@ -51,7 +51,7 @@ class Family:
         encode_prompts: prompts -> Cond, batch first; longer prompts than the tokenizer takes are cut with a warning.
         uncond: () -> the one-row Cond that guidance subtracts.
         encode: pixels [B, 3, H, W] in [-1, 1] -> latents as the denoiser sees them.
-        decode: latents -> pixels, clamped to [-1, 1].
+        decode: latents -> pixels, in [-1, 1] but for what the decoder overshoots; the gradient passes through.
         student: a trainable copy of the teacher's network, with what a student needs to be safe in a stock call.
         student_times: num_steps -> the falling times of the scheduler that ``pipeline`` will ship; the student meets
             pure noise at the first, which need not be the schedule's last.
@@ -60,6 +60,8 @@ class Family:
             to save; num_steps and sampler are a student's, None keeps the teacher's scheduler.
         image_size: (height, width) in pixels.
         stock_guidance: guidance_scale of a stock call that names none; None: the pipeline cannot give it to a network.
+        fix_guidance: (scale) lets the teacher's network, which takes the guidance scale as an input, always do what it
+            does at this one; None: it takes none.
         component: what the pipeline calls the network, as LoRA files name it; empty: it takes no such files.
     """
 
@@ -75,4 +77,5 @@ class Family:
     pipeline: MakePipeline
     image_size: tuple[int, int]
     stock_guidance: float | None = None
+    fix_guidance: Callable[[float], None] | None = None
     component: str = ""

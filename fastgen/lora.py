@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import option, suggest
+from .experts import Experts
 from .family import Family
 
 
@@ -92,6 +93,8 @@ class Backbone:
         for full, p in self.network.named_parameters():
             p.requires_grad_(id(p) in learning or f".{name}." in full)
         self.layers = [m for m in self.network.modules() if isinstance(m, BaseTunerLayer)]
+        for tuner in self.layers:
+            tuner.cast_input_dtype_enabled = False  # autocast casts; PEFT's detour by float32 is one copy more a layer
         self.count += 1
         self._set(None)
         return name
@@ -254,9 +257,14 @@ def adapted(family: Family, lora: Lora, share_backbone: bool = False) -> Family:
 
 
 def fused(network: nn.Module) -> nn.Module:
-    """A plain copy of a view's network with the adapter in its weights; any other network itself."""
+    """A plain copy of a view's network with the adapter in its weights; any other network itself.
+
+    Of experts, each.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    if isinstance(network, Experts):
+        return Experts([fused(expert) for expert in network], network.starts)
     if not isinstance(network, View):
         return network
     made: Any = copy.deepcopy(network.backbone.network)

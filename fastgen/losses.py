@@ -106,6 +106,15 @@ def interval_grad(real: Prediction, fake: Prediction, ratio: Tensor) -> Tensor:
     return ratio * (real.eps - fake.eps) / real.at.sigma
 
 
+def interval_mean(pred: Prediction, ratio: Tensor, added: Tensor) -> Tensor:
+    """E[x_r | x_t] of a score, where x_t = ratio x_r + added eps; at r = 0 its x0: [B, ...].
+
+    Tweedie's formula, (x_t + added^2 s) / ratio with s = -eps / sigma. Two scores' means differ by (added / ratio)^2
+    times ``interval_grad``, so that ``dmd_grad`` of x_r and them is DMD's direction where x_r is not clean.
+    """
+    return (pred.x_t - added.square() * pred.eps / pred.at.sigma) / ratio
+
+
 def surrogate(x0: Tensor, grad: Tensor) -> Tensor:
     """A loss whose gradient with respect to x0: [B, ...] is ``grad / n`` for each sample of n elements: [B].
 

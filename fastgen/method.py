@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .denoiser import Cond
+from .passes import Pass
 from .rng import Noise
 from .sampling import Sampler
 
@@ -84,6 +85,7 @@ class Phase:
     """One turn of a training step: at steps divisible by ``every``, ``trains`` learn from ``loss``.
 
     ``after`` follows the update; ``moves`` names the roles it changes, which no phase trains and checkpoints keep.
+    ``passes`` are those its algorithm needs; empty: not declared, and ``fastgen bench cost`` refuses the method.
     """
 
     name: str
@@ -92,6 +94,7 @@ class Phase:
     every: int = 1
     after: Callable[[], None] = nothing
     moves: Sequence[str] = ()
+    passes: Sequence[Pass] = ()
 
 
 class Trainable(Protocol):
@@ -139,4 +142,9 @@ class NeedsPairs(Protocol):
     @property
     def path_times(self) -> Sequence[float]:
         """Times at which it needs the teacher's states between eps and x0; none for a student of one step."""
+        ...
+
+    @property
+    def pairs_guidance_scale(self) -> float | None:
+        """The scale at which the pairs must have been made, where it guides the teacher too; None: any."""
         ...

@@ -16,6 +16,8 @@ from .lora import Lora
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Names of dtypes in configs and on the command line."""
+SECTIONS = ("model", "method", "data", "run", "optim", "student", "eval")
+"""Of a training run's config."""
 ASSETS = "assets:"
 """A path that begins so lies in the package: ``assets:emoji/teacher``."""
 
@@ -29,6 +31,9 @@ class Model:
     attention: Literal["auto", "eager", "sdpa", "xformers", "flash"] = option("auto", "kernel of the attention layers")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     compile: bool = option(False, "torch.compile the networks; slow to start, faster after")
+    guidance_scale: float | None = option(
+        None, "at which a network that takes the scale as an input teaches; set the method's own to 1", low=1
+    )
 
 
 @dataclass(frozen=True)
@@ -91,14 +96,14 @@ class Recipe:
     optim: dict[str, Optim]
     student: Student = field(default_factory=Student)
     eval: dict[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False)  # the config it was read from, for messages
 
 
 def decode(tree: Mapping[str, Any], where: str) -> Recipe:
     """A recipe from a merged YAML tree. Raises ConfigError."""
-    known = {f: None for f in ("model", "method", "data", "run", "optim", "student", "eval")}
     for key in tree:
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}{config.suggest(str(key), known)}")
+        if key not in SECTIONS:
+            raise ConfigError(f"{where}: unknown key {key!r}{config.suggest(str(key), SECTIONS)}")
     for key in ("model", "method", "data", "run", "optim"):
         if key not in tree:
             raise ConfigError(f"{where}: {key} is missing")
@@ -115,6 +120,7 @@ def decode(tree: Mapping[str, Any], where: str) -> Recipe:
         optim={str(k): config.decode(Optim, v, where, f"optim.{k}") for k, v in tree["optim"].items()},
         student=config.decode(Student, tree.get("student", {}), where, "student"),
         eval=dict(evaluation),
+        where=where,
     )
 
 

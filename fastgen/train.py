@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +25,7 @@ from .data.batches import Batches, to_uint8
 from .denoiser import guided
 from .ema import EMA
 from .engine import Engine, Logs
+from .experts import Experts, members
 from .family import Family
 from .guidance import student_guidance, with_guidance
 from .method import Method, NeedsPairs
@@ -44,6 +44,11 @@ USE = (
     "unlike the exported pipeline, a plain teacher does not skip guidance by itself"
 )
 """What the card of a LoRA file says."""
+USE_EXPERTS = (
+    "each file is an expert, by its name as adapter_name: set_adapters to the last whose start is not below the "
+    "timestep that comes, before the call and in callback_on_step_end"
+)
+"""What the card of several says besides."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,36 @@ def load_teacher(model: Model, precision: str, device: torch.device, start: floa
     path, module = recipes.locate(model.path), registry.find("family", model.family)
     export.check_pipeline(path, vars(module).get("PIPELINE"))
     with export.opening(path):
-        return module.load(path, device, autocast, start), module
+        family: Family = module.load(path, device, autocast, start)
+    if family.fix_guidance is not None:
+        if model.guidance_scale is None:
+            raise ValueError(
+                f"{path}: its network takes the guidance scale as an input, which methods do not give a teacher; set "
+                "model.guidance_scale to the one at which it shall teach, and the method's own to 1"
+            )
+        family.fix_guidance(model.guidance_scale)
+    elif model.guidance_scale is not None:
+        raise ValueError(
+            f"{path}: its network takes no guidance scale as an input, so leave out model.guidance_scale; the "
+            "method's own guides it"
+        )
+    return family, module
+
+
+def check_guided_once(model: Model, options: Mapping[str, Any], section: str) -> None:
+    """Raise ValueError if options would guide a teacher again whose scale is fixed: the two would multiply."""
+    scales = options.get("guidance", {})
+    given = {
+        f"{section}.guidance_scale": options.get("guidance_scale"),
+        f"{section}.guidance.low": scales.get("low"),
+        f"{section}.guidance.high": scales.get("high"),
+    }
+    for key, scale in given.items():
+        if model.guidance_scale is not None and scale not in (None, 1.0):
+            raise ValueError(
+                f"{key} {scale:g} would guide a teacher again that is guided by model.guidance_scale "
+                f"{model.guidance_scale:g} already; set {key}=1"
+            )
 
 
 def build(recipe: Recipe, device: torch.device | None = None) -> Session:
@@ -108,6 +142,12 @@ def build(recipe: Recipe, device: torch.device | None = None) -> Session:
 
     device = device or PartialState().device
     run, model = recipe.run, recipe.model
+    check_guided_once(model, recipes.encode(recipe)["method"], "method")
+    if recipe.student.lora and model.guidance_scale is not None:
+        raise ValueError(
+            "student.lora: an adapter would fit no pipeline but this teacher's at its fixed model.guidance_scale; "
+            "leave out student.lora"
+        )
     family, module = load_teacher(model, run.precision, device, recipe.student.start)
     source: Source = registry.find("source", recipe.data.name).open(recipe.data.options, family.image_size)
     if isinstance(source, PairSource):
@@ -122,12 +162,13 @@ def build(recipe: Recipe, device: torch.device | None = None) -> Session:
     )
     for network in method.networks.values():
         network.to(device)
-    if recipe.student.lora and adapter_of(method) is None:
+    if recipe.student.lora and not adapters_of(method):
         raise ValueError(
             f"student.lora: method {recipe.method.name!r} trains {method.exported!r} without adapters; leave it out"
         )
     kind: Any = type(lora.plain(family.denoiser.network))  # what a method adds, a discriminator, is of another class
-    denoisers: list[Any] = [n for n in method.networks.values() if isinstance(lora.plain(n), kind)]
+    networks = [network for role in method.networks.values() for network in members(role)]
+    denoisers: list[Any] = [n for n in networks if isinstance(lora.plain(n), kind)]
     used = attention.set_attention([lora.plain(n) for n in denoisers], model.attention, device)
     for network in denoisers if model.gradient_checkpointing else ():
         network.enable_gradient_checkpointing()
@@ -139,19 +180,24 @@ def build(recipe: Recipe, device: torch.device | None = None) -> Session:
         for network in denoisers:
             lora.plain(network).compile()
     path_times = method.path_times if isinstance(method, NeedsPairs) else None
+    if isinstance(method, NeedsPairs) and isinstance(source, PairSource):
+        source.check_guidance(method.pairs_guidance_scale)
     batches = Batches(source, family, method.needs_images, run.cache_latents, path_times)
     ema_of = {method.exported: EMA(method.networks[method.exported], run.ema)} if run.ema else {}
-    engine = Engine(
-        method,
-        batches,
-        recipe.optim,
-        batch_size=run.batch_size,
-        steps=run.steps,
-        seed=run.seed,
-        accumulate=run.accumulate,
-        fp16=run.precision == "fp16",
-        device=device,
-    )
+    try:
+        engine = Engine(
+            method,
+            batches,
+            recipe.optim,
+            batch_size=run.batch_size,
+            steps=run.steps,
+            seed=run.seed,
+            accumulate=run.accumulate,
+            fp16=run.precision == "fp16",
+            device=device,
+        )
+    except ValueError as error:  # its optim: does not fit the method; the engine knows no config
+        raise ValueError(f"{recipe.where}: {error}" if recipe.where else str(error)) from error
     return Session(recipe, device, family, method, source, batches, engine, ema_of, used)
 
 
@@ -322,10 +368,13 @@ def peak_memory_mb(device: torch.device) -> float:
     """The most memory held so far, in MB: of CUDA's allocator; on a CPU of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, whose getrusage also counts what the parent held when it started this process
+        lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM"))
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6  # Linux counts in kibibytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS counts in bytes
 
 
 def sample_prompts(session: Session) -> list[str]:
@@ -365,26 +414,29 @@ def export_run(session: Session, folder: Path) -> None:
             guidance_scale=scale,
         )
     log.info("exported %s; reloaded by Diffusers it differs from the trainer's sampler by %.1e", folder, difference)
-    adapter = adapter_of(method)
-    if adapter is not None and session.family.component:
+    if adapters_of(method) and session.family.component:
         with session.weights():
-            export_adapter(session, adapter, folder, card)
+            export_adapter(session, folder, card)
 
 
-def export_adapter(session: Session, adapter: lora.View, pipeline: Path, card: dict[str, Any]) -> None:
-    """Write the adapter alone beside the exported ``pipeline``, into ``lora``; card: the pipeline's."""
+def export_adapter(session: Session, pipeline: Path, card: dict[str, Any]) -> None:
+    """Write the adapter alone, or each expert's, beside the exported ``pipeline``, into ``lora``; card: its card."""
     recipe, method, component = session.recipe, session.method, session.family.component
     folder = pipeline.with_name("lora" if pipeline.name == "pipeline" else f"{pipeline.name}-lora")
     base = recipe.student.init or recipe.model.path
     stock = student_guidance(method) is None
-    card = card | {"base_model": base, "lora": {"rank": adapter.lora.rank, "scale": 1.0}}
+    adapters, network = adapters_of(method), method.networks[method.exported]
+    starts = network.starts if isinstance(network, Experts) else []
+    card = card | {"base_model": base, "lora": {"rank": adapters[0].lora.rank, "scale": 1.0}}
+    if len(adapters) > 1:
+        card["lora"] |= {"starts": starts}
     if stock:
-        card |= {"guidance_scale": 1.0, "use": USE}
+        card |= {"guidance_scale": 1.0, "use": USE if len(adapters) == 1 else f"{USE_EXPERTS}; {USE}"}
     else:
         card |= {"use": "fastgen.lora.loaded: stock pipelines of base_model have no place for its guidance scale"}
     difference = export.export_adapter(
         pipeline,
-        lora.weights(adapter, component),
+        [lora.weights(adapter, component) for adapter in adapters],
         component,
         recipes.locate(base) if stock else None,
         folder,
@@ -392,14 +444,16 @@ def export_adapter(session: Session, adapter: lora.View, pipeline: Path, card: d
         prompts=sample_prompts(session)[:2],
         card=card,
         dtype=DTYPES[recipe.run.save_dtype],
+        starts=starts,
     )
     log.info("exported %s; on its base it differs from the pipeline by %.1e", folder, difference)
 
 
-def adapter_of(method: Method) -> lora.View | None:
-    """The exported network as a view of its adapter; None where it is trained whole."""
-    network = method.networks[method.exported]
-    return network if isinstance(network, lora.View) and network.adapter is not None else None
+def adapters_of(method: Method) -> list[lora.View]:
+    """The exported network as a view of its adapter, or each of its experts so; none where it is trained whole."""
+    networks = members(method.networks[method.exported])
+    views = [n for n in networks if isinstance(n, lora.View) and n.adapter is not None]
+    return views if len(views) == len(networks) else []
 
 
 def write_grid(images: Tensor, path: Path, scale: int = 4) -> None:

@@ -4,7 +4,7 @@ Both prediction types. A student leaves as the same class with ``LCMScheduler(or
 saved config alone yields the trained times and which refuses more than N steps, and with a guidance embedding in the
 U-Net (``time_cond_proj_dim``), which makes the stock pipeline skip classifier-free guidance whatever
 ``guidance_scale`` says. The embedding is zero, so that the scale does nothing, or learnt, so that it does what
-guidance by it would.
+guidance by it would. A student of several experts has them in one component, ``UNetExperts``.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from diffusers import LCMScheduler, StableDiffusionPipeline, TCDScheduler, UNet2
 from torch import Tensor, nn
 
 from fastgen.denoiser import Cond, Denoiser
+from fastgen.experts import Experts
 from fastgen.family import Block, Family
 from fastgen.prediction import Kind
 from fastgen.sampling import Sampler
 from fastgen.schedule import TabulatedVP
+
+from .experts import UNetExperts
 
 PIPELINE = "StableDiffusionPipeline"
 GUIDANCE_EMBEDDING = 32
@@ -100,15 +103,14 @@ def wrap(pipeline: StableDiffusionPipeline, autocast: torch.dtype | None = None,
     def encode(pixels: Tensor) -> Tensor:
         return vae.encode(pixels.to(device)).latent_dist.mode().float() * scaling
 
-    @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:
-        return vae.decode(latents / scaling, return_dict=False)[0].float().clamp(-1, 1)
+        return vae.decode(latents / scaling, return_dict=False)[0].float()
 
     def with_network(
         network: nn.Module, num_steps: int | None, sampler: Sampler = "renoise"
     ) -> StableDiffusionPipeline:
         parts = dict(pipeline.components)
-        parts["unet"] = network
+        parts["unet"] = one_unet(network)
         if num_steps is not None:
             parts["scheduler"] = student_scheduler(pipeline.scheduler, num_steps, sampler, start)
         made = StableDiffusionPipeline(**parts, requires_safety_checker=False)
@@ -128,8 +130,34 @@ def wrap(pipeline: StableDiffusionPipeline, autocast: torch.dtype | None = None,
         pipeline=with_network,
         image_size=(height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor),
         stock_guidance=inspect.signature(StableDiffusionPipeline.__call__).parameters["guidance_scale"].default,
+        fix_guidance=(lambda scale: fix_guidance(unet, scale)) if takes_guidance(unet) else None,
         component="unet",
     )
+
+
+def one_unet(network: nn.Module) -> nn.Module:
+    """What a pipeline has as its U-Net: experts in one component, where there is more than one."""
+    if not isinstance(network, Experts):
+        return network
+    return UNetExperts.of(list(network), network.starts) if len(network) > 1 else network[0]
+
+
+def takes_guidance(unet: UNet2DConditionModel) -> bool:
+    """Whether what it gives depends on the guidance scale: students have the input, too, but with weights of 0."""
+    return unet.config.time_cond_proj_dim is not None and bool(unet.time_embedding.cond_proj.weight.any())
+
+
+@torch.no_grad()
+def fix_guidance(unet: UNet2DConditionModel, scale: float) -> None:
+    """Let a U-Net that takes the guidance scale as an input always do what it does at this one.
+
+    The input's projection is added to what the first layer of the time embedding reads, so at one scale it is a
+    constant that goes into that layer's bias.
+    """
+    embedding = unet.time_embedding
+    given = guidance_embedding(torch.tensor([scale], device=unet.device), unet.config.time_cond_proj_dim)
+    embedding.linear_1.bias += nn.functional.linear(embedding.cond_proj(given), embedding.linear_1.weight)[0]
+    nn.init.zeros_(embedding.cond_proj.weight)
 
 
 def student(unet: UNet2DConditionModel, embed_guidance: bool = False) -> UNet2DConditionModel:

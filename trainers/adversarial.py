@@ -25,12 +25,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastgen import adversary, losses, rollout, times
+from fastgen import adversary, losses, passes, rollout, times
 from fastgen.adversary import Adversarial
 from fastgen.config import option, section
 from fastgen.denoiser import guided
 from fastgen.family import Family
 from fastgen.method import About, Batch, Phase, Terms
+from fastgen.passes import Pass
 from fastgen.rng import Noise
 from fastgen.rollout import Rollout
 from fastgen.sampling import Sampler
@@ -84,9 +85,16 @@ class Method:
             "student": self.student.network,
             "discriminator": made.heads,
         }
+        chain = passes.chain(config.rollout, num_steps)
+        needs = (
+            Pass("student", count=chain),
+            Pass("student", "weights"),
+            *adversary.student_passes(made),
+            Pass("teacher", count=config.distillation > 0, rows=passes.rows(config.guidance_scale)),
+        )
         self.phases = (
-            made.phase(self.generate),
-            Phase("student", ["student"], self.student_loss, every=config.student_every),
+            made.phase(self.generate, chain + 1),
+            Phase("student", ["student"], self.student_loss, every=config.student_every, passes=needs),
         )
 
     def student_loss(self, batch: Batch, rng: Noise) -> Terms:

@@ -25,13 +25,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastgen import losses
+from fastgen import losses, passes
 from fastgen.config import option, section
 from fastgen.denoiser import Cond
 from fastgen.family import Family
 from fastgen.guidance import Scales
 from fastgen.lora import Lora, adapted
 from fastgen.method import About, Batch, Phase, Terms
+from fastgen.passes import Pass
 from fastgen.rng import Noise
 from fastgen.sampling import Sampler
 from fastgen.schedule import Schedule, add_noise
@@ -68,7 +69,9 @@ class Method:
         self.student = self.teacher.with_network(config.guidance.student(adapted(family, config.lora)))
         self.student_guidance = config.guidance.of_student
         self.networks: dict[str, nn.Module] = {"teacher": self.teacher.network, "student": self.student.network}
-        self.phases = (Phase("student", ["student"], self.loss),)
+        rows = passes.rows(config.guidance.low, config.guidance.high)
+        needs = (Pass("teacher", count=config.states, rows=rows), Pass("student", "weights", rows=config.states))
+        self.phases = (Phase("student", ["student"], self.loss, passes=needs),)
 
     def loss(self, batch: Batch, rng: Noise) -> Terms:
         """-> {"guidance": [B]}, the mean over the states of a sample's way."""

@@ -21,8 +21,9 @@ stock pipeline, which renoises x0, samples what was trained, at any number of st
 the boundary condition is in the target, which at clean data is the datum (as ECT's is at r = 0).
 
 Departures: times and grids are those of the teacher's own schedule and not Karras's, so a table of 1000 times caps the
-grid at 1000. Heun turns in the angle (``rollout.along_ode``). LPIPS, cd's and ct's distance in the paper, compares
-images and would need the gradient of the decoder; it is left out, and pseudo-Huber stands in its place, as in iCT.
+grid at 1000. Heun turns in the angle (``rollout.along_ode``). cd's and ct's distance in the paper is LPIPS, of decoded
+images; since it needs weights of its own, pseudo-Huber of the latents, iCT's, stands in its place unless ``distance``
+is lpips. That is LPIPS as published, with maxima where the paper's code pools by means.
 """
 
 from __future__ import annotations
@@ -34,13 +35,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastgen import adversary, losses, rollout, times
+from fastgen import adversary, distance, passes, rollout, times
 from fastgen.adversary import Adversarial
 from fastgen.config import option, section
 from fastgen.denoiser import guided
 from fastgen.ema import follow
 from fastgen.family import Family
-from fastgen.method import About, Batch, Phase, Terms
+from fastgen.lpips import Perceptual
+from fastgen.method import About, Batch, Phase, Terms, nothing
+from fastgen.passes import Pass
 from fastgen.rng import Noise
 from fastgen.sampling import Sampler
 from fastgen.schedule import add_noise
@@ -49,7 +52,7 @@ ABOUT = About(
     paper="Consistency Models",
     arxiv="2303.01469",
     needs=("prompts", "images"),
-    steps=(1, 2, 4, 5, 8),  # on a table of 1000 times 3, 6 and 7 do not begin at the last
+    steps=range(1, 9),
 )
 
 _OWN: dict[str, Any] = {"solver": "data", "pairs": "grid", "times": "uniform", "weight": "uniform", "huber": 0.00054}
@@ -82,8 +85,12 @@ class Config:
     start: int = option(None, "intervals at first (root: levels, one more)", low=1)
     intervals: int = option(None, "intervals at last; for ratio, t / (t - r) at large t", low=1)
     curriculum_steps: int = option(0, "training steps over which the number grows; run.steps in the papers", low=0)
-    distance: Literal["pseudo_huber", "l2"] = option("pseudo_huber", "between x0s; l2 is the mean square")
+    distance: Literal["pseudo_huber", "l2", "lpips"] = option(
+        "pseudo_huber",
+        "between x0s; l2 is the mean square, lpips that of the decoded images, the paper's for cd and ct",
+    )
     huber: float = option(None, "c of pseudo-Huber, per element; 0 is the norm", low=0)
+    lpips: Perceptual = section(Perceptual(), "where distance is lpips")
     weight: Literal["uniform", "inverse"] = option(None, "1, or 1 / (kappa_t - kappa_r)")
     adversarial: Adversarial = section(Adversarial(), "the GAN, with the teacher's features")
 
@@ -115,18 +122,28 @@ class Method:
         self.config, self.num_steps, self.shape, self.decay = config, num_steps, family.latent_shape, config.ema
         self.teacher = family.denoiser
         self.schedule = self.teacher.schedule
-        times.check_start(self.schedule, family.student_times(num_steps), self.schedule.t_max)
+        times.check_start(self.schedule, family.student_times(num_steps))
+        self.distance = distance.make(config.distance, family, config.lpips, config.huber)
         pure = not self.schedule(torch.tensor([self.schedule.t_max])).alpha.all()
         if pure and config.weight == "inverse" and config.pairs == "grid":
             raise ValueError("weight inverse is 0 at this schedule's pure noise; set weight uniform, or pairs ratio")
         self.student = self.target = self.teacher.with_network(family.student())
         self.networks: dict[str, nn.Module] = {"teacher": self.teacher.network, "student": self.student.network}
-        self.phases: tuple[Phase, ...] = (Phase("student", ["student"], self.student_loss),)
+        after, moves = nothing, []
         if config.target == "ema":
             self.target = self.teacher.with_network(copy.deepcopy(self.student.network).requires_grad_(False))
             self.networks["target"] = self.target.network
-            self.phases = (Phase("student", ["student"], self.student_loss, after=self.follow, moves=["target"]),)
+            after, moves = self.follow, ["target"]
         self.adversary = adversary.make(config.adversarial, family, self.teacher)
+        calls = {"data": 0, "euler": 1, "heun": 2}[config.solver]
+        needs = (
+            Pass("teacher", count=calls, rows=passes.rows(config.guidance_scale)),
+            Pass("target" if moves else "student"),
+            Pass("student", "weights"),
+            *adversary.student_passes(self.adversary),
+        )
+        student = Phase("student", ["student"], self.student_loss, after=after, moves=moves, passes=needs)
+        self.phases: tuple[Phase, ...] = (student,)
         if self.adversary:
             self.networks["discriminator"] = self.adversary.heads
             self.phases = (self.adversary.phase(self.generate), *self.phases)
@@ -177,12 +194,6 @@ class Method:
             return torch.ones_like(t)
         kappa_r = torch.where(clean, 0, times.noise_ratio(self.schedule, r))
         return 1 / (times.noise_ratio(self.schedule, t) - kappa_r)
-
-    def distance(self, y: Tensor, target: Tensor) -> Tensor:
-        """[B, ...] -> [B]."""
-        if self.config.distance == "l2":
-            return losses.mse(y, target)
-        return losses.pseudo_huber(y, target, self.config.huber)
 
     def follow(self) -> None:
         """Move the averaged target towards the student."""

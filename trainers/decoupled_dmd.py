@@ -29,12 +29,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastgen import adversary, fake_score, losses, rollout, times
+from fastgen import adversary, fake_score, losses, passes, rollout, times
 from fastgen.adversary import Adversarial
 from fastgen.config import option, section
 from fastgen.denoiser import unconditional
 from fastgen.family import Family
 from fastgen.method import About, Batch, Phase, Terms
+from fastgen.passes import Pass
 from fastgen.rng import Noise
 from fastgen.rollout import Rollout
 from fastgen.sampling import Sampler
@@ -107,9 +108,23 @@ class Method:
         if self.adversary:
             self.networks["discriminator"] = self.adversary.heads
             critic.append("discriminator")
+        chain = passes.chain(config.rollout, num_steps)
+        follows = (
+            Pass("student", count=chain + 1),
+            Pass("fake_score", "weights"),
+            *adversary.critic_passes(self.adversary),
+        )
+        guides = config.guidance_scale > 1 and ca.weight > 0  # at times of its own CA takes both its passes
+        learns = (
+            Pass("student", count=chain),
+            Pass("student", "weights"),
+            Pass("teacher", count=1 + guides + (guides and config.schedules != "shared")),
+            Pass("fake_score"),
+            *adversary.student_passes(self.adversary),
+        )
         self.phases = (
-            Phase("critic", critic, self.critic_loss),
-            Phase("student", ["student"], self.student_loss, every=config.student_every),
+            Phase("critic", critic, self.critic_loss, passes=follows),
+            Phase("student", ["student"], self.student_loss, every=config.student_every, passes=learns),
         )
 
     def critic_loss(self, batch: Batch, rng: Noise) -> Terms:

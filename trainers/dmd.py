@@ -6,31 +6,34 @@
         x_t = alpha x0 + sigma eps, t ~ U(2 % ... 98 %)
         real = teacher's guided x0(x_t), fake = fake_score's x0(x_t)
         x0 <- x0 - (fake - real) / mean|x0 - real|, per sample
-        student <- + regression_weight |student(eps') - x0'|^2
+        student <- + regression_weight |student(eps') - x0'|^2    or LPIPS of the decoded images, as in the paper
         fake_score <- denoising loss on the same x0, detached, t ~ U(all times)
 
 The student's gradient comes through the two terms it makes, the fake score's through its own alone, so one backward
 pass serves both as the paper's two in turn do: the fake score's x0 is from before the student's update there, too.
 
-Departures from the paper: the distance is L2 of latents, where the paper decodes them and takes
-LPIPS, which needs the weights of a network of its own; the student is called at the pipeline's first time; the
-normaliser is clamped at 1e-5 and a non-finite gradient stops the run. On CIFAR-10 the paper also matches the
-distribution of the regression's own images; here as on its other data sets it does not.
+Departures from the paper: the distance is L2 of latents unless ``distance`` is lpips, the paper's, which needs weights
+of its own; the student is called at the pipeline's first time; the normaliser is clamped at 1e-5 and a non-finite
+gradient stops the run. On CIFAR-10 the paper also matches the distribution of the regression's own images; here as on
+its other data sets it does not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fastgen import fake_score, losses, times
-from fastgen.config import option
+from fastgen import distance, fake_score, losses, passes, times
+from fastgen.config import option, section
 from fastgen.denoiser import Cond, guided
 from fastgen.family import Family
+from fastgen.lpips import Perceptual
 from fastgen.method import About, Batch, Phase, Terms
+from fastgen.passes import Pass
 from fastgen.rng import Noise
 from fastgen.sampling import Sampler
 from fastgen.schedule import add_noise
@@ -48,8 +51,12 @@ class Config:
     """Options of ``dmd``."""
 
     # the paper's for SD 1.5: 3 for FID, 8 for looks
-    guidance_scale: float = option(8.0, "of the teacher; 1.0 is off; the pairs should be made with the same", low=1)
-    regression_weight: float = option(0.25, "of the mean square to the pairs; paper: 0.25, of LPIPS", above=0)
+    guidance_scale: float = option(8.0, "of the teacher; 1.0 is off; that of the pairs, too", low=1)
+    regression_weight: float = option(0.25, "of the distance to the pairs; paper: 0.25, of LPIPS", above=0)
+    distance: Literal["l2", "lpips"] = option(
+        "l2", "to the pairs: mean square of the latents, or lpips of the decoded images"
+    )
+    lpips: Perceptual = section(Perceptual(), "where distance is lpips")
     t_low: float = option(0.02, "smallest t of the gradient, as a share of the times", low=0, below=1)
     t_high: float = option(0.98, "largest t of the gradient, as a share of the times", above=0, high=1)
 
@@ -68,9 +75,17 @@ class Method:
         if config.t_low >= config.t_high:
             raise ValueError(f"t_low {config.t_low:g} must be below t_high {config.t_high:g}")
         self.config, self.shape, self.times = config, family.latent_shape, family.student_times(1)
+        self.distance = distance.make(config.distance, family, config.lpips)
+        self.pairs_guidance_scale: float | None = config.guidance_scale
         self.teacher = family.denoiser
         self.student, self.fake_score, self.networks = fake_score.roles(self.teacher, family)
-        self.phases = (Phase("both", ["student", "fake_score"], self.loss),)
+        needs = (
+            Pass("student", "weights", 2),
+            Pass("teacher", rows=passes.rows(config.guidance_scale)),
+            Pass("fake_score"),
+            Pass("fake_score", "weights"),
+        )
+        self.phases = (Phase("both", ["student", "fake_score"], self.loss, passes=needs),)
 
     def loss(self, batch: Batch, rng: Noise) -> Terms:
         """-> {"dmd", "regression", "denoising"}: each [B]."""
@@ -84,7 +99,7 @@ class Method:
         terms = {"dmd": losses.surrogate(x0, losses.dmd_grad(x0, real, fake))}
 
         paired, eps, _ = batch.pairs()
-        terms["regression"] = config.regression_weight * losses.mse(self.generate(eps, batch.cond), paired)
+        terms["regression"] = config.regression_weight * self.distance(self.generate(eps, batch.cond), paired)
 
         terms["denoising"] = fake_score.denoising(self.fake_score, x0, batch.cond, rng)
         return terms

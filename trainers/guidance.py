@@ -20,11 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fastgen import losses, times
+from fastgen import losses, passes, times
 from fastgen.config import section
 from fastgen.family import Family
 from fastgen.guidance import Scales
 from fastgen.method import About, Batch, Phase, Terms
+from fastgen.passes import Pass
 from fastgen.rng import Noise
 from fastgen.sampling import Sampler
 from fastgen.schedule import add_noise
@@ -55,7 +56,9 @@ class Method:
         self.student = self.teacher.with_network(config.guidance.student(family))
         self.student_guidance = config.guidance.of_student
         self.networks: dict[str, nn.Module] = {"teacher": self.teacher.network, "student": self.student.network}
-        self.phases = (Phase("student", ["student"], self.loss),)
+        rows = passes.rows(config.guidance.low, config.guidance.high)
+        needs = (Pass("teacher", rows=rows), Pass("student", "weights"))
+        self.phases = (Phase("student", ["student"], self.loss, passes=needs),)
 
     def loss(self, batch: Batch, rng: Noise) -> Terms:
         """-> {"guidance": [B]}."""

@@ -29,12 +29,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastgen import losses, times
+from fastgen import losses, passes, times
 from fastgen.config import option, section
 from fastgen.ema import follow
 from fastgen.family import Family
 from fastgen.guidance import Scales
 from fastgen.method import About, Batch, Phase, Terms, nothing
+from fastgen.passes import Pass
 from fastgen.rng import Noise
 from fastgen.rollout import along_ode
 from fastgen.sampling import Sampler
@@ -84,7 +85,12 @@ class Method:
             target = copy.deepcopy(self.student.network).requires_grad_(False)
             self.target, self.networks["target"] = self.teacher.with_network(target), target
             after, moves = self.move_target, ["target"]
-        self.phases = (Phase("student", ["student"], self.loss, after=after, moves=moves),)
+        needs = (
+            Pass("teacher", rows=passes.rows(config.guidance.low, config.guidance.high)),
+            Pass("target" if moves else "student"),
+            Pass("student", "weights"),
+        )
+        self.phases = (Phase("student", ["student"], self.loss, after=after, moves=moves, passes=needs),)
 
     def loss(self, batch: Batch, rng: Noise) -> Terms:
         """-> {"consistency": [B]}."""

@@ -29,12 +29,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastgen import adversary, losses, times
+from fastgen import adversary, losses, passes, times
 from fastgen.adversary import Adversarial, Noising
 from fastgen.config import option, section
 from fastgen.family import Family
 from fastgen.guidance import Scales
 from fastgen.method import About, Batch, Phase, Terms
+from fastgen.passes import Pass
 from fastgen.prediction import Prediction
 from fastgen.rng import Noise
 from fastgen.rollout import along_ode
@@ -76,11 +77,15 @@ class Method:
         self.student = self.teacher.with_network(config.guidance.student(family))
         self.student_guidance = config.guidance.of_student
         self.networks: dict[str, nn.Module] = {"teacher": self.teacher.network, "student": self.student.network}
-        self.phases: tuple[Phase, ...] = (Phase("student", ["student"], self.student_loss),)
         self.adversary = adversary.make(config.adversarial, family, self.teacher)
+        step = Pass("teacher", rows=passes.rows(config.guidance.low, config.guidance.high))
+        needs = (step, Pass("student"), Pass("student", "weights"), *adversary.student_passes(self.adversary))
+        self.phases: tuple[Phase, ...] = (Phase("student", ["student"], self.student_loss, passes=needs),)
         if self.adversary:
             self.networks["discriminator"] = self.adversary.heads
-            self.phases = (Phase("discriminator", ["discriminator"], self.discriminator_loss), *self.phases)
+            needs = (step, Pass("student", count=2), *adversary.critic_passes(self.adversary))
+            critic = Phase("discriminator", ["discriminator"], self.discriminator_loss, passes=needs)
+            self.phases = (critic, *self.phases)
 
     def student_loss(self, batch: Batch, rng: Noise) -> Terms:
         """-> {"consistency", "gan"}: each [B]."""

@@ -19,6 +19,7 @@ from fastgen import losses, times
 from fastgen.config import option
 from fastgen.family import Family
 from fastgen.method import About, Batch, Phase, Terms, drop_captions
+from fastgen.passes import Pass
 from fastgen.prediction import Kind
 from fastgen.rng import Noise
 from fastgen.sampling import Sampler
@@ -50,7 +51,7 @@ class Method:
         self.config, self.denoiser = config, family.denoiser
         network = family.denoiser.network.requires_grad_(True)
         self.networks: dict[str, nn.Module] = {"teacher": network}
-        self.phases = (Phase("pretrain", ["teacher"], self.loss),)
+        self.phases = (Phase("pretrain", ["teacher"], self.loss, passes=[Pass("teacher", "weights")]),)
 
     def loss(self, batch: Batch, rng: Noise) -> Terms:
         """-> {"denoising": [B]}."""

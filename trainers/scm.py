@@ -7,7 +7,7 @@
         g = -cos^2 (v - real) - min(1, step / warmup) (cos sin x + change)
         v <- v + g / (|g| + floor),  a sum over each sample
     with the adversarial term, SANA-Sprint (Chen et al. 2025, arXiv 2503.09641):
-        x0 = student's from t, a share ``max_time`` of samples from t_max;  + weight of the discriminator's verdict
+        x0 = student's from t, a share ``max_time`` of samples from its first;  + weight of the discriminator's verdict
         phase "discriminator": heads on the teacher's features, real images against such x0
 
 The network keeps the teacher's output kind, inputs and clock; TrigFlow is only where the loss is stated, so any
@@ -31,7 +31,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastgen import adversary, derivative, losses, times
+from fastgen import adversary, derivative, losses, passes, times
 from fastgen.adversary import Adversarial
 from fastgen.config import option, section
 from fastgen.coordinates import trigflow
@@ -39,6 +39,7 @@ from fastgen.derivative import Derivative
 from fastgen.family import Family
 from fastgen.guidance import Scales
 from fastgen.method import About, Batch, Phase, Terms
+from fastgen.passes import Pass
 from fastgen.prediction import Prediction, combine
 from fastgen.rng import Noise
 from fastgen.sampling import Sampler
@@ -48,7 +49,7 @@ ABOUT = About(
     paper="Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models",
     arxiv="2410.11081",
     needs=("prompts", "images"),
-    steps=(1, 2, 4, 5, 8),  # on a table of 1000 times 3, 6 and 7 do not begin at the last
+    steps=range(1, 9),
 )
 
 
@@ -68,7 +69,7 @@ class Config:
     warmup: int = option(10_000, "steps over which the consistency part comes in; SANA-Sprint: 4000, rCM: 0", low=0)
     floor: float = option(0.1, "c, added to the norm that the tangent is divided by", above=0)
     derivative: Derivative = option("jvp", "exact, about three passes; or finite_differences, two passes, any kernel")
-    max_time: float = option(0.5, "share of the adversarial term's samples made from pure noise", low=0, high=1)
+    max_time: float = option(0.5, "share of the adversarial term's samples at the student's first time", low=0, high=1)
     # SANA-Sprint: 0.5, hinge, four blocks, log tan tau ~ N(-0.6 - log 0.5, 1)
     adversarial: Adversarial = section(
         Adversarial(loss="hinge", levels="logit_normal", level_mean=0.1), "SANA-Sprint's; its weight is 0.5"
@@ -91,14 +92,22 @@ class Method:
 
     def __init__(self, config: Config, family: Family, num_steps: int) -> None:
         """Copy the teacher. num_steps: calls of the student when sampling."""
-        times.check_start(family.denoiser.schedule, family.student_times(num_steps), family.denoiser.schedule.t_max)
+        self.start = family.student_times(num_steps)[0]
+        times.check_start(family.denoiser.schedule, family.student_times(num_steps))
         self.config, self.num_steps, self.shape = config, num_steps, family.latent_shape
         self.teacher = family.denoiser
         self.student = self.teacher.with_network(config.guidance.student(family))
         self.student_guidance = config.guidance.of_student
         self.networks: dict[str, nn.Module] = {"teacher": self.teacher.network, "student": self.student.network}
-        self.phases: tuple[Phase, ...] = (Phase("student", ["student"], self.student_loss),)
         self.adversary = adversary.make(config.adversarial, family, self.teacher)
+        rows = passes.rows(config.guidance.low, config.guidance.high)
+        needs = (
+            Pass("teacher", count=config.velocity == "teacher", rows=rows),
+            Pass("student", config.derivative),
+            Pass("student", "weights", 2 if self.adversary else 1),
+            *adversary.student_passes(self.adversary),
+        )
+        self.phases: tuple[Phase, ...] = (Phase("student", ["student"], self.student_loss, passes=needs),)
         if self.adversary:
             self.networks["discriminator"] = self.adversary.heads
             self.phases = (self.adversary.phase(self.generate), *self.phases)
@@ -135,9 +144,9 @@ class Method:
         return v, g
 
     def generate(self, batch: Batch, rng: Noise) -> Tensor:
-        """The student's x0 for the adversarial term, [B, ...]: from noised images, a share of them at t_max."""
+        """The student's x0 for the adversarial term, [B, ...]: from noised images, a share at its first time."""
         schedule, t = self.teacher.schedule, self.draw(rng)
-        t = torch.where(rng.uniform() < self.config.max_time, schedule.t_max, t)
+        t = torch.where(rng.uniform() < self.config.max_time, self.start, t)
         x_t = add_noise(schedule, batch.images("scm"), rng.normal(self.shape), t)
         cond = self.config.guidance.cond(batch.cond, self.config.guidance.draw(rng))
         return self.student(x_t, t, cond).x0

@@ -39,12 +39,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastgen import adversary, fake_score, losses, rollout, times
+from fastgen import adversary, fake_score, losses, passes, rollout, times
 from fastgen.adversary import Adversarial
 from fastgen.config import option, section
 from fastgen.denoiser import Cond, guided, unconditional
 from fastgen.family import Family
 from fastgen.method import About, Batch, Phase, Terms, drop_captions
+from fastgen.passes import Pass
 from fastgen.prediction import Prediction
 from fastgen.rng import Noise
 from fastgen.sampling import Sampler
@@ -104,9 +105,23 @@ class Method:
         if self.adversary:
             self.networks["discriminator"] = self.adversary.heads
             critic.append("discriminator")
+        chain = passes.chain("simulate", num_steps)
+        fake, own = (passes.rows(scale or 1.0) for scale in (self.fake_scale, self.critic_scale))  # 0: no captions
+        follows = (
+            Pass("student", count=chain + 1),
+            Pass("fake_score", "weights", rows=own),
+            *adversary.critic_passes(self.adversary),
+        )
+        learns = (
+            Pass("student", count=chain),
+            Pass("student", "weights"),
+            Pass("teacher", "inputs", rows=passes.rows(config.guidance_scale)),
+            Pass("fake_score", "inputs", rows=fake),
+            *adversary.student_passes(self.adversary),
+        )
         self.phases = (
-            Phase("critic", critic, self.critic_loss),
-            Phase("student", ["student"], self.student_loss, every=config.student_every),
+            Phase("critic", critic, self.critic_loss, passes=follows),
+            Phase("student", ["student"], self.student_loss, every=config.student_every, passes=learns),
         )
 
     def critic_loss(self, batch: Batch, rng: Noise) -> Terms:

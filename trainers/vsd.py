@@ -26,12 +26,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastgen import fake_score, lora, losses, rollout, times
+from fastgen import fake_score, lora, losses, passes, rollout, times
 from fastgen.config import option, section
 from fastgen.denoiser import guided
 from fastgen.family import Family
 from fastgen.lora import Lora
 from fastgen.method import About, Batch, Phase, Terms, drop_captions
+from fastgen.passes import Pass
 from fastgen.rng import Noise
 from fastgen.sampling import Sampler
 from fastgen.schedule import add_noise
@@ -81,7 +82,15 @@ class Method:
         if config.fake_score == "lora":
             self.teacher = self.teacher.with_network(lora.view(self.teacher.network, config.lora))
         self.student, self.fake_score, self.networks = fake_score.roles(self.teacher, family)
-        self.phases = (Phase("update", ["student", "fake_score"], self.loss),)
+        rows = 2 if config.guidance_range else passes.rows(config.guidance_scale)
+        needs = (
+            Pass("student", count=passes.chain("simulate", num_steps)),
+            Pass("student", "weights"),
+            Pass("teacher", rows=rows),
+            Pass("fake_score", rows=rows),
+            Pass("fake_score", "weights"),
+        )
+        self.phases = (Phase("update", ["student", "fake_score"], self.loss, passes=needs),)
 
     def loss(self, batch: Batch, rng: Noise) -> Terms:
         """-> {"vsd", "denoising"}: each [B]; the student learns from the first, the fake score from the second."""

@@ -64,6 +64,12 @@ VARIANTS: dict[str, dict[str, tuple[dict[str, Any], int]]] = {
         "gan": ({"student_every": 2, "schedules": "constrained", "normaliser": "apart", "adversarial": GAN}, 2),
         "shared": ({"student_every": 2, "guidance_scale": 3.0, "schedules": "shared"}, 4),
     },
+    "phased_dmd": {
+        "default": ({"student_every": 2}, 2),
+        "few": ({"student_every": 2, "guidance_scale": 3.0, "weighting": "kl"}, 4),
+        "one": ({"student_every": 2, "guidance_scale": 1.0, "phases": 1}, 1),
+        "each": ({"student_every": 2, "guidance_scale": 2.0, "phases": 3}, 3),
+    },
     "sid": {
         "default": ({}, 1),
         "few": ({"correction": 1.2, "guidance_scale": 1.0, "t_low": 0.0, "student_every": 2}, 4),

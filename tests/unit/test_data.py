@@ -317,12 +317,15 @@ def test_with_a_cache_an_image_is_loaded_once() -> None:
     assert source.items == Counter(range(6))
 
 
-def test_without_a_cache_images_are_encoded_each_time() -> None:
+def test_without_a_cache_an_image_stays_for_the_next_phase_of_its_step_and_no_longer() -> None:
     source = Counted()
     subject = Batches(source, source.family, True)
-    subject.batch(range(6))
-    subject.batch(range(6))
-    assert source.images == 12
+    for samples in (range(3), range(3), range(2, 6), range(2, 6), range(3)):
+        again = subject.batch(samples).x0
+        assert again is not None
+        assert torch.equal(again[:, 0, 0, 0], torch.tensor([10.0 * s for s in samples]) / 127.5 - 1)
+    assert source.items == Counter({0: 2, 1: 2, 2: 1, 3: 1, 4: 1, 5: 1})
+    assert source.images == 8
 
 
 def test_a_sample_twice_in_a_batch_is_twice_in_the_result() -> None:

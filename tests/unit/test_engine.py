@@ -272,6 +272,21 @@ def test_gradients_are_clipped_by_norm_and_logged_before(clip: float, applied: f
     assert moment.norm().item() / 0.1 == pytest.approx(applied, rel=1e-4)  # beta1 is 0.9
 
 
+@pytest.mark.parametrize("excess", [-1e-3, -1e-6, -1e-7, 0.0, 1e-7, 1e-6, 1e-3])
+def test_where_the_factor_is_one_leaving_out_clipping_changes_no_bit(excess: float) -> None:
+    method = one_phase(lambda network, batch, rng: 3 * network(torch.ones(len(batch), 4))[:, 0])
+    phase, clip = method.phases[0], 6.0 * (1 + excess)
+    subject = Engine(method, DATA, optims(method, clip=clip), batch_size=2, steps=8)
+    p = method.networks["a"].weight
+    p.grad = torch.full_like(p, 3.0)
+    norms = subject.gradient_norms(phase)
+    expected = p.detach().clone()
+    expected.grad = p.grad.clone()
+    torch.nn.utils.clip_grads_with_norm_([expected], clip, norms["a"])
+    subject.clip(phase, norms, {"a": float(norms["a"])})
+    assert torch.equal(p.grad, expected.grad)
+
+
 def test_each_role_is_clipped_by_its_own_norm() -> None:
     networks = {"a": ones(4), "b": ones(4)}
 

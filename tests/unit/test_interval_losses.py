@@ -172,6 +172,42 @@ def test_on_rectified_flow_the_gradient_is_a_weighted_difference_of_velocities()
     torch.testing.assert_close(found, at.alpha * ratio / (at.alpha * at.sigma + at.sigma**2) * (real - fake))
 
 
+@pytest.mark.parametrize(("schedule", "r", "t"), INTERVALS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mean_of_x_r_is_its_regression_on_x_t(schedule: Schedule, r: float, t: float, kind: Kind) -> None:
+    pairs = Pairs(schedule, r, t)
+    x_t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    exact = combine(kind, DATA.x0(x_t, pairs.at), DATA.eps(x_t, pairs.at), pairs.at)
+    found = losses.interval_mean(Prediction(exact, kind, x_t, pairs.at), pairs.ratio, pairs.added)
+    slope, intercept = pairs.fit(pairs.x_r)
+    assert found.tolist() == pytest.approx([intercept, intercept + slope], rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_clean_samples_it_is_x0(kind: Kind) -> None:
+    torch.manual_seed(0)
+    x_t, y = torch.randn(2, 3, 4, dtype=torch.float64).unbind()
+    clean, at = level(Flow(), 0.0), Flow()(torch.tensor([0.3, 0.6, 0.9], dtype=torch.float64)).like(x_t)
+    pred = Prediction(y, kind, x_t, at)
+    torch.testing.assert_close(losses.interval_mean(pred, *onward(clean.like(x_t), at)), pred.x0)
+
+
+@pytest.mark.parametrize(("schedule", "r", "t"), INTERVALS)
+def test_dmd_s_direction_in_an_interval_is_the_divergence_s_gradient_times_a_weight(
+    schedule: Schedule, r: float, t: float
+) -> None:
+    """(added / ratio)^2 / mean |x_r - real|."""
+    torch.manual_seed(0)
+    x_r, x_t, real, fake = torch.randn(4, 1, 6, dtype=torch.float64).unbind()
+    at = level(schedule, t).like(x_t)
+    ratio, added = onward(level(schedule, r).like(x_t), at)
+    scores = [Prediction(y, "v", x_t, at) for y in (real, fake)]
+    means = [losses.interval_mean(score, ratio, added) for score in scores]
+    weight = (added / ratio).square() / (x_r - means[0]).abs().mean()
+    expected = weight * losses.interval_grad(*scores, ratio)
+    torch.testing.assert_close(losses.dmd_grad(x_r, *means), expected)
+
+
 def test_two_hops_are_one() -> None:
     """Means and variances of x_t by way of x_r are those of add_noise."""
     pairs = Pairs(Flow(), 0.3, 0.8)

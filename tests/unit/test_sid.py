@@ -242,7 +242,7 @@ def test_there_is_no_gradient_where_fake_equals_teacher(num_steps: int, a: float
 
 def test_the_gradient_passes_through_both_scores_and_stops_at_neither_s_weights() -> None:
     method = conv_method()
-    Engine(method, CONV, optims(method), batch_size=2, steps=1)._train_only(["student"])
+    Engine(method, CONV, optims(method), batch_size=2, steps=1).train_only(["student"])
     with torch.no_grad():
         for p in method.fake_score.network.parameters():
             p.add_(0.01 * torch.randn_like(p))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +39,35 @@ def test_small_numbers_keep_their_digits(tmp_path: Path) -> None:
     assert row["small"] == pytest.approx(1.2345678e-8, rel=1e-6)
     assert row["large"] == pytest.approx(123456.78, rel=1e-6)
     assert len(str(row["third"])) < 12
+
+
+def strict(line: str) -> Any:
+    """As a reader that knows only the standard takes it."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def test_what_is_not_finite_is_null_in_the_file_and_not_there_for_who_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonLines(path, 0)
+    tracker.log(1, {"loss": 1.0, "norm": math.inf, "other": math.nan, "third": -math.inf})
+    tracker.log(2, {"loss": 2.0, "norm": 3.0})
+    lines = path.read_text().splitlines()
+    assert strict(lines[0]) == {"step": 1, "loss": 1.0, "norm": None, "other": None, "third": None}
+    assert read(path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0, "norm": 3.0}]
+    JsonLines(path, 2)
+    assert path.read_text().splitlines() == lines
+
+
+def test_rows_from_before_there_was_null_become_json(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "norm": Infinity, "loss": NaN, "other": 2.0}\n')
+    assert read(path) == [{"step": 1, "other": 2.0}]
+    JsonLines(path, 1)
+    assert strict(path.read_text()) == {"step": 1, "norm": None, "loss": None, "other": 2.0}
 
 
 def test_rows_of_later_steps_are_dropped_when_a_run_goes_on_from_an_earlier_one(tmp_path: Path) -> None:
@@ -80,12 +110,12 @@ def test_the_rows_stay_whole_if_the_disk_is_full_as_they_are_rewritten(
 
 def test_metrics_jsonl_is_always_kept_and_others_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "TensorBoard", lambda folder: ("tensorboard", folder))
-    monkeypatch.setattr(tracking, "WandB", lambda run, settings: ("wandb", run, settings))
+    monkeypatch.setattr(tracking, "WandB", lambda run, steps_done, settings: ("wandb", run, steps_done, settings))
     made = trackers([], tmp_path, 0, {})
     assert [type(t) for t in made] == [JsonLines]
-    assert trackers(["wandb", "tensorboard"], tmp_path, 0, {"a": 1})[1:] == [
+    assert trackers(["wandb", "tensorboard"], tmp_path, 7, {"a": 1})[1:] == [
         ("tensorboard", tmp_path / "tb"),
-        ("wandb", tmp_path, {"a": 1}),
+        ("wandb", tmp_path, 7, {"a": 1}),
     ]
 
 
@@ -111,18 +141,41 @@ def test_tensorboard_gets_each_value_as_a_scalar(tmp_path: Path) -> None:
 
 def test_wandb_gets_rows_and_the_whole_config_but_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    run = SimpleNamespace(log=lambda values, step: calls.append((step, values)))
+    run = SimpleNamespace(log=lambda values, step: calls.append((step, values)), id="abc")
 
     def init(**named: Any) -> Any:
         calls.append(named)
         return run
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    WandB(tmp_path / "demo", {"run": {"steps": 3}}).log(2, {"fid": 1.0})
+    (tmp_path / "demo").mkdir()
+    WandB(tmp_path / "demo", 0, {"run": {"steps": 3}}).log(2, {"fid": 1.0})
     assert calls[0]["name"] == "demo"
     assert calls[0]["config"] == {"run": {"steps": 3}}
     assert not {"key", "api_key", "project", "entity"} & set(calls[0])
     assert calls[1] == (2, {"fid": 1.0})
+
+
+def test_a_run_that_goes_on_keeps_its_wandb_id_and_a_new_one_gets_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+
+    def init(**named: Any) -> Any:
+        asked.append(named["id"])
+        assert named["resume"] == "allow"
+        return SimpleNamespace(id=named["id"] or f"new{len(asked)}")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for steps_done in (0, 4, 6):
+        WandB(tmp_path, steps_done, {})
+    assert asked == [None, "new1", "new1"]
+    WandB(tmp_path, 0, {})  # the folder's checkpoints were removed
+    WandB(tmp_path, 2, {})
+    assert asked[3:] == [None, "new4"]
+    (tmp_path / "wandb_id").unlink()
+    WandB(tmp_path, 2, {})  # the first part had no W&B
+    assert asked[5] is None
 
 
 @pytest.mark.parametrize(
@@ -130,7 +183,7 @@ def test_wandb_gets_rows_and_the_whole_config_but_no_key(tmp_path: Path, monkeyp
     [
         (lambda folder: TensorBoard(folder), "torch.utils.tensorboard", "tensorboard is not installed; pip install"),
         (
-            lambda folder: WandB(folder, {}),
+            lambda folder: WandB(folder, 0, {}),
             "wandb",
             r"wandb is not installed; pip install 'fastgen-diffusion\[wandb\]'",
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -448,3 +449,15 @@ def test_timed_leaves_out_what_happens_between_two_steps(monkeypatch: pytest.Mon
         seconds.append(spent)
         now[0] += 50.0
     assert seconds == [2.0, 2.0, 2.0]
+
+
+def test_the_peak_memory_is_the_process_s_own_and_grows_with_it() -> None:
+    """On Linux getrusage also counts what the parent held: a bare child of this process would seem as large as it."""
+    before = train.peak_memory_mb(torch.device("cpu"))
+    block = torch.ones(300_000_000)  # 1.2 GB
+    held = train.peak_memory_mb(torch.device("cpu"))
+    assert held > before + 200
+    assert held > block.nbytes / 1e6
+    code = "import torch; from fastgen.train import peak_memory_mb; print(peak_memory_mb(torch.device('cpu')))"
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert float(seen) < 1000 < held

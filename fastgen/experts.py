@@ -1,0 +1,30 @@
+"""Several networks in one role, each of which is called within a part of the times of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Experts(nn.ModuleList):
+    """A mixture of experts by noise level, in the place of one network; a ``Denoiser`` calls whichever it needs.
+
+    Expert k takes the times from ``starts[k]`` down to just above ``starts[k + 1]``, the first also all noisier ones.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], starts: Sequence[float]) -> None:
+        """starts: falling times, one for each network."""
+        super().__init__(networks)
+        self.starts = list(starts)
+
+    def which(self, t: Tensor) -> Tensor:
+        """The number of the expert for each time: [B] -> [B], 0 being the noisiest's."""
+        starts = torch.tensor(self.starts[1:], dtype=t.dtype, device=t.device)
+        return (t[:, None] <= starts).sum(1)
+
+
+def members(network: nn.Module) -> list[nn.Module]:
+    """The networks of a role: each of several, or the one."""
+    return list(network) if isinstance(network, nn.ModuleList) else [network]
