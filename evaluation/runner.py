@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -240,8 +241,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def commit() -> str | None:
-    """The commit of this code where it lies in its own repository, "-dirty" if changed; else None."""
+    """The commit of this code where it lies in its own repository, "-dirty" if changed; else None.
+
+    Asked once: what a process writes into the repository later does not change the code that it runs.
+    """
     here = Path(__file__).resolve()
 
     def git(*words: str) -> str | None:
