@@ -15,8 +15,8 @@
 ratio and added are the forward process's from s to t: alpha_t / alpha_s and what is left of sigma_t^2. A fake score
 of x_s, which is not clean, may not take eps itself for the noise and x_s for the clean sample: that is biased, near s
 even in sign. A time t is drawn from all that are noisier than s and not only from the phase's own, which the paper
-found better. In sampling nothing is added either: the experts hand on what they made. With one phase and one step this
-is ``dmd2`` without its GAN term, up to the fake score's weight.
+found better. Nothing is added in sampling: the experts hand on what they made. With one phase and one step this is
+``dmd2`` without its GAN term, up to the fake score's weight and to the noise that DDIM's last step leaves on a table.
 
 Departures. The paper trains one phase after the other, on frozen earlier experts; here, as in the code
 (ModelTC/LightX2V), all learn in one run, and at each step, from one chain: no expert's gradient reaches another. The
