@@ -142,7 +142,9 @@ def measure(recipe: Recipe, name: str, rounds: int = 9, clock: Clock = "wall") -
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(session, Path(folder), rounds)
         bench.go(clock)
-        return {"method": recipe.method.name, "config": name, **bench.row(), "clock": clock}
+        row = bench.row()
+    log.info("%s: %.3g s a step, %.3f of its floor", name, row["seconds"], row["ratio"])
+    return {"method": recipe.method.name, "config": name, **row, "clock": clock}
 
 
 class Bench:

@@ -4,8 +4,8 @@ A method declares them beside its phases, from its options alone and not from wh
 the code does. A pass that is made and not declared is waste, and one that is declared and not made would hide some.
 ``fastgen bench cost`` times each and so knows what the turn as a whole cannot go below.
 
-Only networks that are roles of the method have passes. Others that a loss calls, LPIPS's and the decoder before it, are
-told as part of what a turn takes beyond its floor.
+Only networks that are roles of the method have passes. Others that a loss calls, LPIPS's and the decoder before it,
+are told as part of what a turn takes beyond its floor.
 """
 
 from __future__ import annotations
