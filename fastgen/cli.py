@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -426,13 +426,10 @@ def benched(given: list[str], changes: list[str], folder: Path) -> Iterator[tupl
     """
     from .config import override, read
 
-    shipped = shipped_configs()
     changes = [*changes, *(text for text in given if "=" in text)]
-    paths = [find_config(Path(text)) for text in given if "=" not in text]
-    names = {path.resolve(): name for name, path in shipped.items()}
-    trees = {names.get(path.resolve(), str(path)): read(path) for path in paths}
-    if not paths:
-        found = {name: read(path) for name, path in shipped.items() if name.startswith("emoji/")}
+    trees = {name: read(path) for name, path in named(text for text in given if "=" not in text).items()}
+    if not trees:
+        found = {name: read(path) for name, path in shipped_configs().items() if name.startswith("emoji/")}
         recipes = {name: tree for name, tree in found.items() if "method" in tree}
         kinds = {name: str(tree["method"]["name"]) for name, tree in recipes.items()}
         for name in sorted(recipes, key=lambda name: (kinds[name], name != f"emoji/{kinds[name]}", name)):
@@ -440,6 +437,12 @@ def benched(given: list[str], changes: list[str], folder: Path) -> Iterator[tupl
                 trees[name] = override(recipes[name], ["model.path=assets:emoji/teacher"])
     for name, tree in trees.items():
         yield name, with_pairs(override(tree, changes), folder)
+
+
+def named(configs: Iterable[str | Path]) -> dict[str, Path]:
+    """Configs as they were given, by the names that shipped ones have, others by their paths."""
+    names = {path.resolve(): name for name, path in shipped_configs().items()}
+    return {names.get(path.resolve(), str(path)): path for path in (find_config(Path(c)) for c in configs)}
 
 
 def with_pairs(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -476,11 +479,7 @@ def methods(
     from .evaluation.report import print_table
 
     shipped = shipped_configs()
-    if configs:
-        names = {path.resolve(): name for name, path in shipped.items()}
-        given = {names.get(path.resolve(), str(path)): path for path in map(find_config, configs)}
-    else:
-        given = {name: shipped[name] for m in registry.names("method") if (name := f"emoji/{m}") in shipped}
+    given = named(configs or [f"emoji/{m}" for m in registry.names("method") if f"emoji/{m}" in shipped])
     places = comparison.Places(out, into or out.with_suffix(".md"), folder)
     rows, failed = comparison.bench(comparison.entries(given), places)
     print_table(rows)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from . import parallel
 from .recipe import Recipe
+from .tracking import peak_memory
 from .train import Session, build
 
 STEPS = 2
@@ -68,10 +66,8 @@ def _mib(count: float) -> str:
 def _memory(session: Session) -> str:
     trained = sum(p.numel() for ps in session.engine.parameters.values() for p in ps.values())
     parts = f"gradients {_mib(4 * trained)}, optimizer {_mib(8 * trained)}"
-    if session.device.type == "cuda":
-        return f"{parts}; peak on the device {_mib(torch.cuda.max_memory_allocated(session.device))}"
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f"{parts}; peak of the process {_mib(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}"
+    where = "on the device" if session.device.type == "cuda" else "of the process"
+    return f"{parts}; peak {where} {_mib(peak_memory(session.device))}"
 
 
 def _hours(seconds: float) -> str:

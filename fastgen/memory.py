@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from . import lora, registry
 from . import recipe as recipes
 from .experts import members
 from .recipe import Recipe
+from .tracking import peak_memory, resident
 from .train import Session, build
 
 log = logging.getLogger("fastgen")
@@ -124,7 +123,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
         for average in session.ema.values():
             average.update()
     on_device = session.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated(session.device) if on_device else resident("VmHWM") - before
+    peak = peak_memory(session.device) - (0 if on_device else before)
     parts = held(session)
     return {
         "method": recipe.method.name,
@@ -139,16 +138,6 @@ def measure(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def resident(what: str) -> int:
-    """Bytes of this process's memory: VmRSS now, VmHWM at most; without /proc both are the most so far."""
-    try:
-        # not getrusage, whose maximum a new process takes over from the one that started it
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return int(status.split(f"{what}:")[1].split()[0]) * 1024
-
-
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """A line a form."""
     from rich.console import Console
@@ -161,7 +150,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
         parts = {name: total({name: part}) for name, part in row["parts"].items()}
         sizes = {**parts, "held": row["held"], "peak": row["peak"], "rest": row["peak"] - row["held"]}
         table.add_row(row["config"], row["form"], *(f"{sizes[name] / 2**20:,.1f}" for name in COLUMNS))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)  # a file has no edge to break lines at
 
 
 def main() -> None:

@@ -330,7 +330,7 @@ def _loop(session: Session, run: Path, steps_done: int, tree: dict[str, Any], qu
                     "seconds_per_step": (spent - since) / (done - first),
                     "train_seconds": spent,
                     "images_seen": done * samples_per_step,
-                    "peak_memory_mb": max(peak, peak_memory_mb(session.device)),
+                    "peak_memory_mb": max(peak, tracking.peak_memory(session.device) / 1e6),
                 }
                 recent.clear()
                 since, first = spent, done
@@ -362,19 +362,6 @@ def timed(steps: Iterator[tuple[int, Logs]]) -> Iterator[tuple[int, Logs, float]
         except StopIteration:
             return
         yield step, logs, time.monotonic() - began
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """The most memory held so far, in MB: of CUDA's allocator; on a CPU of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux, whose getrusage also counts what the parent held when it started this process
-        lines = status.read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM"))
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS counts in bytes
 
 
 def sample_prompts(session: Session) -> list[str]:

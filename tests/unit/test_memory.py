@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastgen import memory
+from fastgen import memory, tracking
 from fastgen.recipe import Student
 
 
@@ -39,11 +39,11 @@ def test_the_total_is_of_all_parts() -> None:
 
 
 def test_resident_memory_grows_with_what_is_kept_and_its_peak_stays() -> None:
-    before = memory.resident("VmRSS")
+    before = tracking.resident("VmRSS")
     held = torch.ones(16 * 2**20)
-    assert memory.resident("VmRSS") - before > 60 * 2**20
+    assert tracking.resident("VmRSS") - before > 60 * 2**20
     del held
-    assert memory.resident("VmHWM") - before > 60 * 2**20
+    assert tracking.resident("VmHWM") - before > 60 * 2**20
 
 
 def test_without_proc_the_most_so_far_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +51,7 @@ def test_without_proc_the_most_so_far_is_told(monkeypatch: pytest.MonkeyPatch) -
         raise FileNotFoundError
 
     monkeypatch.setattr(Path, "read_text", missing)
-    assert memory.resident("VmRSS") == memory.resident("VmHWM") > 2**20
+    assert tracking.resident("VmRSS") == tracking.resident("VmHWM") > 2**20
 
 
 def ended(monkeypatch: pytest.MonkeyPatch, *ends: tuple[int, str, str]) -> list[dict[str, Any]]:

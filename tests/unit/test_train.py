@@ -453,11 +453,11 @@ def test_timed_leaves_out_what_happens_between_two_steps(monkeypatch: pytest.Mon
 
 def test_the_peak_memory_is_the_process_s_own_and_grows_with_it() -> None:
     """On Linux getrusage also counts what the parent held: a bare child of this process would seem as large as it."""
-    before = train.peak_memory_mb(torch.device("cpu"))
+    before = tracking.peak_memory(torch.device("cpu")) / 1e6
     block = torch.ones(300_000_000)  # 1.2 GB
-    held = train.peak_memory_mb(torch.device("cpu"))
+    held = tracking.peak_memory(torch.device("cpu")) / 1e6
     assert held > before + 200
     assert held > block.nbytes / 1e6
-    code = "import torch; from fastgen.train import peak_memory_mb; print(peak_memory_mb(torch.device('cpu')))"
+    code = "import torch; from fastgen.tracking import peak_memory; print(peak_memory(torch.device('cpu')) / 1e6)"
     seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert float(seen) < 1000 < held
