@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -98,24 +99,28 @@ class Times:
         needed = ((phase, p) for phase in phases for p in phase.passes if p.count)
         return sum(accumulate * p.count / phase.every * self.passes[once(p)] for phase, p in needed)
 
-    def rest(self, phases: Sequence[Phase], new: float, log_every: int) -> dict[str, float]:
-        """Of a training step, what is no arithmetic. new: the share of steps whose data were not there before."""
+    def rest(self, phases: Sequence[Phase], cached: bool, log_every: int) -> dict[str, float]:
+        """Of a training step, what is no arithmetic. cached: its images were there already."""
 
         def due(seconds: Mapping[str, float]) -> float:
             return sum(seconds[phase.name] / phase.every for phase in phases)
 
         return {
-            "data": due({phase.name: self.again for phase in phases}) + new * (self.first - self.again),
+            "data": due({phase.name: self.again for phase in phases}) + (0 if cached else self.encoding),
             "clipping": due(self.clips),
             "optimizer": due(self.updates),
             "ema": due(self.afters) + self.averages,
             "logging": self.row / log_every,
         }
 
-    def step(self, phases: Sequence[Phase], late: float, log_every: int) -> float:
-        """Of a training step. late: the share of steps whose data are new, but were there when turns were timed."""
-        turns = sum(self.turns[phase.name] / phase.every for phase in phases)
-        return turns + late * (self.first - self.again) + self.averages + self.row / log_every
+    def step(self, phases: Sequence[Phase], log_every: int) -> float:
+        """Of a training step."""
+        return sum(self.turns[phase.name] / phase.every for phase in phases) + self.averages + self.row / log_every
+
+    @property
+    def encoding(self) -> float:
+        """Of a step's data, what is done once where they are kept."""
+        return self.first - self.again
 
 
 def once(p: Pass) -> Pass:
@@ -129,6 +134,8 @@ def measure(recipe: Recipe, name: str, rounds: int = 9, clock: Clock = "wall") -
     Returns:
         seconds, floor_seconds: of a training step, each phase by how often it is due; ratio, and its quartiles over
         the rounds; rest: seconds of a step by what they go to; passes: seconds of each; and how it was measured.
+        With ``run.cache_latents`` the step is one whose images are encoded already, and encoding_seconds, on top of
+        it, is what a step of this run takes on average for encoding each image once.
 
     Raises ValueError if the method declares no passes, or if the clock does not see the device.
     """
@@ -254,15 +261,13 @@ class Bench:
 
     def row(self) -> dict[str, Any]:
         """What was found."""
-        run, engine = self.session.recipe.run, self.engine
-        samples = run.steps * run.batch_size * run.accumulate
-        new = min(1.0, len(self.session.source) / samples) if self.cached else 1.0
-        late = new if self.cached else 0.0
+        run, engine, phases = self.session.recipe.run, self.engine, self.phases
         times = self.times(slice(None))
-        seconds, floor = times.step(self.phases, late, run.log_every), times.floor(self.phases, engine.accumulate)
-        rest = times.rest(self.phases, new, run.log_every)
+        seconds, floor = times.step(phases, run.log_every), times.floor(phases, engine.accumulate)
+        rest = times.rest(phases, self.cached, run.log_every)
         parts = [self.times(slice(i, i + self.depths)) for i in range(0, self.rounds, self.depths)]
-        ratios = [t.step(self.phases, late, run.log_every) / t.floor(self.phases, engine.accumulate) for t in parts]
+        ratios = [t.step(phases, run.log_every) / t.floor(phases, engine.accumulate) for t in parts]
+        new = min(1.0, len(self.session.source) / (run.steps * run.batch_size * run.accumulate))
         low, high = quartiles(ratios)
         return {
             "seconds": seconds,
@@ -271,10 +276,11 @@ class Bench:
             "ratio_low": low,
             "ratio_high": high,
             "rest": rest | {"other": seconds - floor - sum(rest.values())},
-            "turns": {phase.name: {"every": phase.every, "seconds": times.turns[phase.name]} for phase in self.phases},
+            "encoding_seconds": new * times.encoding if self.cached else 0.0,
+            "turns": {phase.name: {"every": phase.every, "seconds": times.turns[phase.name]} for phase in phases},
             "passes": [
                 {"phase": phase.name, **vars(p), "count": float(p.count), "seconds": times.passes[once(p)]}
-                for phase in self.phases
+                for phase in phases
                 for p in phase.passes
                 if p.count
             ],
@@ -345,16 +351,15 @@ def _inputs(session: Session, p: Pass, cond: Cond) -> tuple[Tensor, Tensor, Cond
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """A line a recipe; what a step takes beyond its floor in percent of that."""
+    """A line a recipe; what a step takes beyond its floor, and for encoding on top, in percent of the floor."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table("method", "config", "seconds", "floor", "ratio", "quartiles", box=None, header_style="bold")
-    parts = list(rows[0]["rest"])
-    for part in parts:
+    for part in (*rows[0]["rest"], "+ encoding"):
         table.add_column(part, justify="right")
     for row in rows:
-        shares = [f"{100 * row['rest'][part] / row['floor_seconds']:.1f} %" for part in parts]
+        shares = [100 * part / row["floor_seconds"] for part in (*row["rest"].values(), row["encoding_seconds"])]
         table.add_row(
             row["method"],
             row["config"],
@@ -362,6 +367,6 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
             f"{row['floor_seconds']:.4g}",
             f"{row['ratio']:.3f}",
             f"{row['ratio_low']:.3f} {row['ratio_high']:.3f}",
-            *shares,
+            *(f"{share:.1f} %" for share in shares),
         )
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)  # a file has no edge to break lines at

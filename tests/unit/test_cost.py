@@ -38,21 +38,21 @@ def test_the_floor_is_what_each_phase_declares_by_how_often_it_is_due() -> None:
 
 
 def test_a_step_is_its_turns_averages_and_a_share_of_a_row() -> None:
-    assert TIMES.step(PHASES, late=0.0, log_every=12) == pytest.approx(10 + 40 / 4 + 0.7 + 6 / 12)
-    assert TIMES.step(PHASES, late=0.25, log_every=12) == pytest.approx(10 + 40 / 4 + 0.7 + 6 / 12 + 0.25 * 0.4)
+    assert TIMES.step(PHASES, log_every=12) == pytest.approx(10 + 40 / 4 + 0.7 + 6 / 12)
 
 
 def test_the_rest_is_told_by_part() -> None:
-    assert TIMES.rest(PHASES, new=0.25, log_every=12) == pytest.approx(
+    assert TIMES.rest(PHASES, cached=True, log_every=12) == pytest.approx(
         {
-            "data": 1.25 * 0.1 + 0.25 * 0.4,
+            "data": 0.1 + 0.1 / 4,
             "clipping": 0.1 + 0.2 / 4,
             "optimizer": 0.3 + 0.4 / 4,
             "ema": 0.8 / 4 + 0.7,
             "logging": 6 / 12,
         }
     )
-    assert TIMES.rest(PHASES, new=1.0, log_every=1)["data"] == pytest.approx(0.5 + 0.1 / 4)
+    assert TIMES.rest(PHASES, cached=False, log_every=1)["data"] == pytest.approx(0.5 + 0.1 / 4), "the first is new"
+    assert TIMES.encoding == pytest.approx(0.4)
 
 
 def test_works_are_timed_in_turn_without_what_goes_before() -> None:
