@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fastgen.emoji.networks import TOKENS, tokenizer
@@ -97,3 +98,13 @@ def pipeline(prediction_type: str = "epsilon", seed: int = 0, **changes: Any) ->
     )
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def perturbed(network: nn.Module, seed: int = 9, by: float = 0.02) -> nn.Module:
+    """A student's network, moved so that it is no longer its teacher's."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in network.parameters():
+            if p.requires_grad:
+                p += by * torch.randn(p.shape, generator=g)
+    return network.eval()

@@ -41,11 +41,7 @@ def family() -> Family:
 
 def student(family: Family, count: int) -> Experts:
     """Experts that are neither their teacher nor each other."""
-    networks, g = [family.student() for _ in range(count)], torch.Generator().manual_seed(9)
-    with torch.no_grad():
-        for p in [p for network in networks for p in network.parameters() if p.requires_grad]:
-            p += 0.02 * torch.randn(p.shape, generator=g)
-    return Experts([network.eval() for network in networks], STARTS.get(count, [999.0]))
+    return Experts([tiny.perturbed(family.student(), seed) for seed in range(count)], STARTS.get(count, [999.0]))
 
 
 def ours(family: Family, network: Experts, called: int = 4) -> Tensor:

@@ -47,15 +47,9 @@ def close(ours: Tensor, theirs: Tensor) -> None:
     assert (ours - theirs).abs().max() <= TOLERANCE * max(1.0, theirs.abs().max().item())
 
 
-def perturbed(family: Family, by: float = 0.02) -> nn.Module:
+def perturbed(family: Family) -> nn.Module:
     """A student that is no longer its teacher."""
-    network = family.student()
-    g = torch.Generator().manual_seed(9)
-    with torch.no_grad():
-        for p in network.parameters():
-            if p.requires_grad:
-                p += by * torch.randn(p.shape, generator=g)
-    return network.eval()
+    return tiny.perturbed(family.student())
 
 
 def few_steps(family: Family, network: nn.Module, num_steps: int, seed: int, prompts: list[str]) -> Tensor:
