@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format mypy results bench world sprites clean
+.PHONY: help install demo test check format mypy results bench recovery world sprites clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -45,6 +45,9 @@ results: demo  ## make every number of README.md and docs/results.md again (an h
 
 bench: $(VENV)/.installed-eval  ## train and judge every method on the emoji teacher, write docs/results.json (hours; resumes)
 	$(BIN)/fastgen bench methods
+
+recovery: $(VENV)/.installed-dev  ## distil the two-dimensional mixture by every method, write docs/recovery.md (15 minutes)
+	$(BIN)/python -m tests.recovery.plot
 
 world: $(VENV)/.installed-dev  ## train the emoji world anew: CLIP, autoencoder, teacher (hours; resumes)
 	$(BIN)/python -m fastgen.emoji.world clip configs/emoji/clip.yaml

@@ -200,7 +200,7 @@ def gaussian_family(
     schedule = schedule or sd_schedule()
     teacher = Gaussians(means, stds, schedule, kind).requires_grad_(False)
     student = student or (lambda embed_guidance=False: Affine(schedule, kind, embed_guidance=embed_guidance))
-    return _family(Denoiser(teacher, schedule, kind, call), shape, student, [], start)
+    return toy_family(Denoiser(teacher, schedule, kind, call), shape, student, [], start)
 
 
 def conv_family(seed: int = 0, kind: Kind = "v") -> Family:
@@ -217,7 +217,7 @@ def conv_family(seed: int = 0, kind: Kind = "v") -> Family:
         return copy
 
     blocks = [Block("down", 16, 4), Block("mid", 16, 4)]
-    return _family(Denoiser(network, schedule, kind, call), (2, 8, 8), student, blocks)
+    return toy_family(Denoiser(network, schedule, kind, call), (2, 8, 8), student, blocks)
 
 
 @dataclass
@@ -234,7 +234,7 @@ class Pipeline:
         save_file(tensors, Path(folder) / "toy.safetensors")
 
 
-def _family(
+def toy_family(
     teacher: Denoiser,
     shape: Sequence[int],
     student: Callable[[], nn.Module],
