@@ -31,7 +31,7 @@ from fastgen import derivative, losses, passes, times
 from fastgen.config import option
 from fastgen.coordinates import rectified
 from fastgen.denoiser import guided
-from fastgen.derivative import Derivative
+from fastgen.derivative import SPAN, Derivative
 from fastgen.family import Family
 from fastgen.method import About, Batch, Phase, Terms
 from fastgen.passes import Pass
@@ -60,6 +60,7 @@ class Config:
     floor: float = option(1e-3, "c of the adaptive weight", above=0)
     warmup: int = option(0, "steps over which the change of u comes into the target", low=0)
     derivative: Derivative = option("jvp", "exact, about three passes; or finite_differences, two passes, any kernel")
+    span: float = option(SPAN, "of finite_differences to either side; wider for networks of whole timesteps", above=0)
 
     def __post_init__(self) -> None:
         """Raises ValueError where options contradict each other."""
@@ -110,14 +111,20 @@ class Method:
         here, there = rectified(at), rectified(schedule(r).like(x0))
         dt = (here.clock - there.clock) / here.rate  # the interval within the tangent
         dx = dt * combine("flow", x0, eps, at)
-        how = self.config.derivative
-        change = derivative.along(self.student, velocity, x_t, t, batch.cond, dx, dt.flatten(), how)
+        how, span, dt = self.config.derivative, self.config.span, dt.flatten()
+        ends = (r, self.last_time(t))  # u is another function of t in each interval
+        change = derivative.along(self.student, velocity, x_t, t, batch.cond, dx, dt, how, span, ends)
         return velocity(self.student(x_t, t, batch.cond)), here.velocity(x0, eps) - share * change
 
     def next_time(self, t: Tensor) -> Tensor:
         """The largest of the student's times and t_min that is below t: [B] -> [B]; t_min itself at t_min."""
         edges = torch.tensor(self.edges, dtype=t.dtype, device=t.device)
         return edges[(torch.searchsorted(edges, t) - 1).clamp(min=0)]
+
+    def last_time(self, t: Tensor) -> Tensor:
+        """The smallest of the student's times that is not below t; up to it the next one is the same: [B] -> [B]."""
+        edges = torch.tensor(self.edges, dtype=t.dtype, device=t.device)
+        return edges[torch.searchsorted(edges, t).clamp(max=len(edges) - 1)]
 
 
 def velocity(pred: Prediction) -> Tensor:

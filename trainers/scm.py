@@ -35,7 +35,7 @@ from fastgen import adversary, derivative, losses, passes, times
 from fastgen.adversary import Adversarial
 from fastgen.config import option, section
 from fastgen.coordinates import trigflow
-from fastgen.derivative import Derivative
+from fastgen.derivative import SPAN, Derivative
 from fastgen.family import Family
 from fastgen.guidance import Scales
 from fastgen.method import About, Batch, Phase, Terms
@@ -69,6 +69,7 @@ class Config:
     warmup: int = option(10_000, "steps over which the consistency part comes in; SANA-Sprint: 4000, rCM: 0", low=0)
     floor: float = option(0.1, "c, added to the norm that the tangent is divided by", above=0)
     derivative: Derivative = option("jvp", "exact, about three passes; or finite_differences, two passes, any kernel")
+    span: float = option(SPAN, "of finite_differences to either side; wider for networks of whole timesteps", above=0)
     max_time: float = option(0.5, "share of the adversarial term's samples at the student's first time", low=0, high=1)
     # SANA-Sprint: 0.5, hinge, four blocks, log tan tau ~ N(-0.6 - log 0.5, 1)
     adversarial: Adversarial = section(
@@ -138,7 +139,8 @@ class Method:
         dt = cos * sin / here.rate  # the factor within the tangent, where it keeps both small
         dx = dt * combine("flow", x0, eps, at)
         cond, how = self.config.guidance.cond(batch.cond, scale), self.config.derivative
-        change = derivative.along(self.student, self.velocity, x_t, t, cond, dx, dt.flatten(), how)
+        span, dt = self.config.span, dt.flatten()
+        change = derivative.along(self.student, self.velocity, x_t, t, cond, dx, dt, how, span)
         v, real = self.velocity(self.student(x_t, t, cond)), here.velocity(x0, eps)
         g = losses.consistency_tangent(here.scale * x_t, v.detach(), real, change, cos, sin, share)
         return v, g

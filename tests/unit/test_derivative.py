@@ -68,6 +68,25 @@ def test_finite_differences_err_with_the_square_of_their_span(schedule: Schedule
     assert errors[1] / errors[2] == pytest.approx(100, rel=0.05)
 
 
+@pytest.mark.parametrize("ends", [None, (torch.zeros(6), torch.tensor([999.0, 999.0, 999.0, 703.0, 999.0, 999.0]))])
+def test_the_differences_stay_within_their_ends(ends: tuple[Tensor, Tensor] | None) -> None:
+    """To either side as far as there is room, so that at an end it is the other side's alone."""
+    denoiser, x_t, _ = made(Gaussians, sd_schedule())
+    t = torch.tensor([0.0, 6.0, 300.0, 700.0, 996.0, 999.0], dtype=torch.float64)
+    dt = torch.tensor([300.0, 300.0, 0.0, -300.0, 300.0, 300.0], dtype=torch.float64)
+    cond, dx = labels(["right"] * 6, torch.float64), torch.ones_like(x_t)
+    ahead = torch.tensor([0.03, 0.03, 0.03, 0.03, 0.01, 0.0], dtype=torch.float64)
+    back = torch.tensor([0.0, 0.02, 0.03, 0.01 if ends else 0.03, 0.03, 0.03], dtype=torch.float64)
+
+    def at(h: Tensor) -> Tensor:
+        return denoiser(x_t + h[:, None] * dx, t + h * dt, cond).x0
+
+    with torch.no_grad():
+        expected = (at(ahead) - at(-back)) / (ahead + back)[:, None]
+    found = derivative.along(denoiser, read_x0, x_t, t, cond, dx, dt, "finite_differences", 0.03, ends)
+    torch.testing.assert_close(found, expected)
+
+
 # The real U-Net
 
 
