@@ -9,8 +9,8 @@ from rich.table import Table
 from torch import nn
 
 from . import parallel
+from .process import peak_memory
 from .recipe import Recipe
-from .tracking import peak_memory
 from .train import Session, build
 
 STEPS = 2

@@ -20,8 +20,8 @@ from torch import Tensor
 from . import lora, registry
 from . import recipe as recipes
 from .experts import members
+from .process import peak_memory, resident
 from .recipe import Recipe
-from .tracking import peak_memory, resident
 from .train import Session, build
 
 log = logging.getLogger("fastgen")

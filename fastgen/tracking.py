@@ -4,34 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
-
-import torch
+from typing import Any, Protocol
 
 from . import parallel
 from .checkpoint import write_text
 
 MEASURED = ("seconds_per_step", "train_seconds", "peak_memory_mb")
 """What a run says of the machine's work, which no two runs share; train_seconds and the peak go on over resumes."""
-
-
-def resident(what: Literal["VmRSS", "VmHWM"]) -> int:
-    """Bytes of this process's memory: VmRSS now, VmHWM at most; without /proc both are the most so far."""
-    try:
-        # not getrusage, whose maximum a new process takes over from the one that started it
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return int(status.split(f"{what}:")[1].split()[0]) * 1024
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most bytes held so far: of CUDA's allocator; on a CPU of the whole process."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
 
 
 class Tracker(Protocol):

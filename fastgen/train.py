@@ -17,7 +17,7 @@ import yaml
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from . import attention, checkpoint, export, lora, parallel, registry, tracking
+from . import attention, checkpoint, export, lora, parallel, process, registry, tracking
 from . import recipe as recipes
 from .checkpoint import CheckpointError
 from .data import PairSource, Source
@@ -141,6 +141,8 @@ def build(recipe: Recipe, device: torch.device | None = None) -> Session:
     from accelerate import PartialState
 
     device = device or PartialState().device
+    if device.type == "cpu":
+        process.keep_freed_memory()
     run, model = recipe.run, recipe.model
     check_guided_once(model, recipes.encode(recipe)["method"], "method")
     if recipe.student.lora and model.guidance_scale is not None:
@@ -330,7 +332,7 @@ def _loop(session: Session, run: Path, steps_done: int, tree: dict[str, Any], qu
                     "seconds_per_step": (spent - since) / (done - first),
                     "train_seconds": spent,
                     "images_seen": done * samples_per_step,
-                    "peak_memory_mb": max(peak, tracking.peak_memory(session.device) / 1e6),
+                    "peak_memory_mb": max(peak, process.peak_memory(session.device) / 1e6),
                 }
                 recent.clear()
                 since, first = spent, done

@@ -3,13 +3,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fastgen import memory, tracking
+from fastgen import memory
 from fastgen.recipe import Student
 
 
@@ -36,22 +35,6 @@ def test_a_storage_counts_once_whatever_shares_it() -> None:
 
 def test_the_total_is_of_all_parts() -> None:
     assert memory.total({"weights": {"teacher": 1, "student": 20}, "ema": 300}) == 321
-
-
-def test_resident_memory_grows_with_what_is_kept_and_its_peak_stays() -> None:
-    before = tracking.resident("VmRSS")
-    held = torch.ones(16 * 2**20)
-    assert tracking.resident("VmRSS") - before > 60 * 2**20
-    del held
-    assert tracking.resident("VmHWM") - before > 60 * 2**20
-
-
-def test_without_proc_the_most_so_far_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(*args: object, **options: object) -> str:
-        raise FileNotFoundError
-
-    monkeypatch.setattr(Path, "read_text", missing)
-    assert tracking.resident("VmRSS") == tracking.resident("VmHWM") > 2**20
 
 
 def ended(monkeypatch: pytest.MonkeyPatch, *ends: tuple[int, str, str]) -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -449,15 +448,3 @@ def test_timed_leaves_out_what_happens_between_two_steps(monkeypatch: pytest.Mon
         seconds.append(spent)
         now[0] += 50.0
     assert seconds == [2.0, 2.0, 2.0]
-
-
-def test_the_peak_memory_is_the_process_s_own_and_grows_with_it() -> None:
-    """On Linux getrusage also counts what the parent held: a bare child of this process would seem as large as it."""
-    before = tracking.peak_memory(torch.device("cpu")) / 1e6
-    block = torch.ones(300_000_000)  # 1.2 GB
-    held = tracking.peak_memory(torch.device("cpu")) / 1e6
-    assert held > before + 200
-    assert held > block.nbytes / 1e6
-    code = "import torch; from fastgen.tracking import peak_memory; print(peak_memory(torch.device('cpu')) / 1e6)"
-    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert float(seen) < 1000 < held

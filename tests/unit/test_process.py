@@ -1,0 +1,69 @@
+"""The memory of a process: what it says of itself, and that it keeps what it frees."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgen import process
+
+
+def test_resident_memory_grows_with_what_is_kept_and_its_peak_stays() -> None:
+    before = process.resident("VmRSS")
+    held = torch.ones(16 * 2**20)
+    assert process.resident("VmRSS") - before > 60 * 2**20
+    del held
+    assert process.resident("VmHWM") - before > 60 * 2**20
+
+
+def test_without_proc_the_most_so_far_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*args: object, **options: object) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert process.resident("VmRSS") == process.resident("VmHWM") > 2**20
+
+
+def test_the_peak_memory_is_the_process_s_own_and_grows_with_it() -> None:
+    """On Linux getrusage also counts what the parent held: a bare child of this process would seem as large as it."""
+    before = process.peak_memory(torch.device("cpu")) / 1e6
+    block = torch.ones(300_000_000)  # 1.2 GB
+    held = process.peak_memory(torch.device("cpu")) / 1e6
+    assert held > before + 200
+    assert held > block.nbytes / 1e6
+    code = "import torch; from fastgen.process import peak_memory; print(peak_memory(torch.device('cpu')) / 1e6)"
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert float(seen) < 1000 < held
+
+
+FREED = """
+import sys, torch
+from fastgen import process
+if sys.argv[1] == "kept":
+    assert process.keep_freed_memory()
+blocks = [torch.ones(2**20) for _ in range(64)]  # 4 MB each
+held = process.resident("VmRSS")
+del blocks
+print((held - process.resident("VmRSS")) / 2**20)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's own allocator is on Linux")
+def test_what_is_freed_is_kept_for_the_next_pass() -> None:
+    def returned(how: str) -> float:
+        done = subprocess.run([sys.executable, "-c", FREED, how], capture_output=True, text=True, check=True)
+        return float(done.stdout)
+
+    assert returned("kept") < 32 < 200 < returned("as it is")
+
+
+def test_another_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: None) -> object:
+        return object()
+
+    monkeypatch.setattr(process.ctypes, "CDLL", missing)
+    assert not process.keep_freed_memory()
