@@ -60,7 +60,7 @@ class Config:
     floor: float = option(1e-3, "c of the adaptive weight", above=0)
     warmup: int = option(0, "steps over which the change of u comes into the target", low=0)
     derivative: Derivative = option("jvp", "exact, about three passes; or finite_differences, two passes, any kernel")
-    span: float = option(SPAN, "of finite_differences to either side; wider for networks of whole timesteps", above=0)
+    span: float = option(SPAN, "of finite_differences, looking back; wider for networks of whole timesteps", above=0)
 
     def __post_init__(self) -> None:
         """Raises ValueError where options contradict each other."""
@@ -112,19 +112,13 @@ class Method:
         dt = (here.clock - there.clock) / here.rate  # the interval within the tangent
         dx = dt * combine("flow", x0, eps, at)
         how, span, dt = self.config.derivative, self.config.span, dt.flatten()
-        ends = (r, self.last_time(t))  # u is another function of t in each interval
-        change = derivative.along(self.student, velocity, x_t, t, batch.cond, dx, dt, how, span, ends)
+        change = derivative.along(self.student, velocity, x_t, t, batch.cond, dx, dt, how, span)
         return velocity(self.student(x_t, t, batch.cond)), here.velocity(x0, eps) - share * change
 
     def next_time(self, t: Tensor) -> Tensor:
         """The largest of the student's times and t_min that is below t: [B] -> [B]; t_min itself at t_min."""
         edges = torch.tensor(self.edges, dtype=t.dtype, device=t.device)
         return edges[(torch.searchsorted(edges, t) - 1).clamp(min=0)]
-
-    def last_time(self, t: Tensor) -> Tensor:
-        """The smallest of the student's times that is not below t; up to it the next one is the same: [B] -> [B]."""
-        edges = torch.tensor(self.edges, dtype=t.dtype, device=t.device)
-        return edges[torch.searchsorted(edges, t).clamp(max=len(edges) - 1)]
 
 
 def velocity(pred: Prediction) -> Tensor:

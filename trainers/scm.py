@@ -69,7 +69,7 @@ class Config:
     warmup: int = option(10_000, "steps over which the consistency part comes in; SANA-Sprint: 4000, rCM: 0", low=0)
     floor: float = option(0.1, "c, added to the norm that the tangent is divided by", above=0)
     derivative: Derivative = option("jvp", "exact, about three passes; or finite_differences, two passes, any kernel")
-    span: float = option(SPAN, "of finite_differences to either side; wider for networks of whole timesteps", above=0)
+    span: float = option(SPAN, "of finite_differences, looking back; wider for networks of whole timesteps", above=0)
     max_time: float = option(0.5, "share of the adversarial term's samples at the student's first time", low=0, high=1)
     # SANA-Sprint: 0.5, hinge, four blocks, log tan tau ~ N(-0.6 - log 0.5, 1)
     adversarial: Adversarial = section(
