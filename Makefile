@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format mypy results bench recovery world sprites clean
+.PHONY: help install demo test check format mypy results bench recovery guiders world sprites clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -48,6 +48,9 @@ bench: $(VENV)/.installed-eval  ## train and judge every method on the emoji tea
 
 recovery: $(VENV)/.installed-dev  ## distil the two-dimensional mixture by every method, write docs/recovery.md (15 minutes)
 	$(BIN)/python -m tests.recovery.plot
+
+guiders: $(VENV)/.installed-eval  ## judge the guiders on the emoji teacher and its students, write the table of docs/guiders.md
+	$(BIN)/python -m tests.bench.guiders
 
 world: $(VENV)/.installed-dev  ## train the emoji world anew: CLIP, autoencoder, teacher (hours; resumes)
 	$(BIN)/python -m fastgen.emoji.world clip configs/emoji/clip.yaml

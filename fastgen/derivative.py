@@ -1,4 +1,4 @@
-"""How a denoiser's output changes along a direction: exactly, in forward mode, or by finite differences."""
+"""A denoiser's output, and how it changes along a direction: exactly, in forward mode, or by finite differences."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def along(
     dt: Tensor,
     how: Derivative = "jvp",
     span: float = SPAN,
-) -> Tensor:
-    """d/dh of read(denoiser(x_t + h dx, t + h dt)) at h = 0, without gradient: [B, ...].
+) -> tuple[Tensor, Tensor]:
+    """read(denoiser(x_t + h dx, t + h dt)) at h = 0, and its derivative in h there, both without gradient: [B, ...].
 
     x_t, dx: [B, ...]; t, dt: [B], on the denoiser's own clock. Computed in the weights' own precision: autocast does
     not cast what forward mode carries, and differences of bfloat16 outputs are noise. Forward mode costs about three
@@ -62,12 +62,13 @@ def along(
         ahead, back = (reach(denoiser.schedule, t, way, span) for way in (dt, -dt))
         h = torch.where(back >= span / 2, -back, ahead)
         far = h.to(x_t).reshape(-1, *[1] * (x_t.ndim - 1))
-        return (f(x_t + far * dx, t + h * dt) - f(x_t, t)) / far
+        value = f(x_t, t)
+        return value, (f(x_t + far * dx, t + h * dt) - value) / far
     try:
         with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
             # PyTorch's own first use of forward mode scripts its decompositions, and warns of that
             warnings.filterwarnings("ignore", ".torch.jit.script. is deprecated")
-            return torch.func.jvp(f, (x_t, t), (dx, dt))[1]  # type: ignore[no-any-return]
+            return torch.func.jvp(f, (x_t, t), (dx, dt))  # type: ignore[return-value]
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # NotImplementedError, of a kernel, is one too

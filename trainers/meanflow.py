@@ -16,11 +16,15 @@ Departures: stock networks take no r, so r follows from t, the intervals are the
 in; as a function of t the average jumps at each of the student's times, whose own value belongs to the interval below.
 The network keeps the teacher's output kind and clock. Guidance is the teacher's: the paper's, from the student's own
 u at r = t, needs an r. Derivatives are computed in the weights' own precision (float32), also where passes run in
-bfloat16. ``warmup``, as for sCM, lets the second part of the target come in slowly (not in the paper; off at 0).
+bfloat16. ``warmup``, as for sCM, lets the second part of the target come in slowly (not in the paper; off at 0). Not
+there either is the average (``target_decay``), which small batches need as they do for sCM: its u, moved by a share of
+the way to the target (``relaxation``), takes the target's place. That leaves the fixed point where it is; by a share
+as large as the ``span`` of finite differences one comes to the average's u at their other end.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,8 +36,9 @@ from fastgen.config import option
 from fastgen.coordinates import rectified
 from fastgen.denoiser import guided
 from fastgen.derivative import SPAN, Derivative
+from fastgen.ema import follow
 from fastgen.family import Family
-from fastgen.method import About, Batch, Phase, Terms
+from fastgen.method import About, Batch, Phase, Terms, nothing
 from fastgen.passes import Pass
 from fastgen.prediction import Prediction, combine
 from fastgen.rng import Noise
@@ -60,6 +65,8 @@ class Config:
     floor: float = option(1e-3, "c of the adaptive weight", above=0)
     warmup: int = option(0, "steps over which the change of u comes into the target", low=0)
     derivative: Derivative = option("jvp", "exact, about three passes; or finite_differences, two passes, any kernel")
+    relaxation: float = option(0.1, "share of the way from the average to the target", above=0, high=1)
+    target_decay: float = option(0.0, "of the average that is moved on; 0: the student itself", low=0, below=1)
     span: float = option(SPAN, "of finite_differences, looking back; wider for networks of whole timesteps", above=0)
 
     def __post_init__(self) -> None:
@@ -80,15 +87,20 @@ class Method:
         times.check_start(family.denoiser.schedule, family.student_times(num_steps))
         self.config, self.num_steps, self.shape = config, num_steps, family.latent_shape
         self.teacher = family.denoiser
-        self.student = self.teacher.with_network(family.student())
+        self.student = self.target = self.teacher.with_network(family.student())
         self.edges = sorted({self.teacher.schedule.t_min, *family.student_times(num_steps)})
         self.networks: dict[str, nn.Module] = {"teacher": self.teacher.network, "student": self.student.network}
+        after, moves = nothing, []
+        if config.target_decay > 0:
+            target = copy.deepcopy(self.student.network).requires_grad_(False)
+            self.target, self.networks["target"] = self.teacher.with_network(target), target
+            after, moves = self.move_target, ["target"]
         needs = (
             Pass("teacher", count=config.velocity == "teacher", rows=passes.rows(config.guidance_scale)),
-            Pass("student", config.derivative),
+            Pass("target" if moves else "student", config.derivative),
             Pass("student", "weights"),
         )
-        self.phases = (Phase("student", ["student"], self.student_loss, passes=needs),)
+        self.phases = (Phase("student", ["student"], self.student_loss, after=after, moves=moves, passes=needs),)
 
     def student_loss(self, batch: Batch, rng: Noise) -> Terms:
         """-> {"meanflow": [B]}, near 1 at power 1 until the error is small."""
@@ -112,8 +124,15 @@ class Method:
         dt = (here.clock - there.clock) / here.rate  # the interval within the tangent
         dx = dt * combine("flow", x0, eps, at)
         how, span, dt = self.config.derivative, self.config.span, dt.flatten()
-        change = derivative.along(self.student, velocity, x_t, t, batch.cond, dx, dt, how, span)
-        return velocity(self.student(x_t, t, batch.cond)), here.velocity(x0, eps) - share * change
+        now, change = derivative.along(self.target, velocity, x_t, t, batch.cond, dx, dt, how, span)
+        u, target = velocity(self.student(x_t, t, batch.cond)), here.velocity(x0, eps) - share * change
+        if self.config.target_decay > 0:
+            target = now + self.config.relaxation * (target - now)
+        return u, target
+
+    def move_target(self) -> None:
+        """Move the target's weights towards the student's."""
+        follow(self.target.network, self.student.network, self.config.target_decay)
 
     def next_time(self, t: Tensor) -> Tensor:
         """The largest of the student's times and t_min that is below t: [B] -> [B]; t_min itself at t_min."""

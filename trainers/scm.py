@@ -5,7 +5,7 @@
         real = d x / d tau of the teacher, guided                 (velocity: data takes that of x0 and eps: training)
         v = student's;  change = cos sin dv / dtau along the teacher's flow, exact and without gradient
         g = -cos^2 (v - real) - min(1, step / warmup) (cos sin x + change)
-        v <- v + g / (|g| + floor),  a sum over each sample
+        v <- v + g / (|g| + floor),  a sum over each sample;  on the right and in g, v may be an average's that follows
     with the adversarial term, SANA-Sprint (Chen et al. 2025, arXiv 2503.09641):
         x0 = student's from t, a share ``max_time`` of samples from its first;  + weight of the discriminator's verdict
         phase "discriminator": heads on the teacher's features, real images against such x0
@@ -19,11 +19,13 @@ over the mean of |g / (|g| + floor)|^2, which is 1 wherever |g| is far above ``f
 it out as well). The teacher is not fine-tuned before (SANA-Sprint: dense time embedding, QK normalisation). The scale
 of guidance is fixed, or an input of the student drawn from a range (``guidance``). Discriminator and student learn in
 turns within each step, and mismatched captions are not shown to the heads. The norm of g is the whole vector's, as in
-the paper.
+the paper. The average (``target_decay``) is not in the papers, whose batches have thousands of samples: at 32 an emoji
+student that was its own target had lost the clean end of its paths after 40 steps.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -36,9 +38,10 @@ from fastgen.adversary import Adversarial
 from fastgen.config import option, section
 from fastgen.coordinates import trigflow
 from fastgen.derivative import SPAN, Derivative
+from fastgen.ema import follow
 from fastgen.family import Family
 from fastgen.guidance import Scales
-from fastgen.method import About, Batch, Phase, Terms
+from fastgen.method import About, Batch, Phase, Terms, nothing
 from fastgen.passes import Pass
 from fastgen.prediction import Prediction, combine
 from fastgen.rng import Noise
@@ -70,6 +73,7 @@ class Config:
     floor: float = option(0.1, "c, added to the norm that the tangent is divided by", above=0)
     derivative: Derivative = option("jvp", "exact, about three passes; or finite_differences, two passes, any kernel")
     span: float = option(SPAN, "of finite_differences, looking back; wider for networks of whole timesteps", above=0)
+    target_decay: float = option(0.0, "of the average whose v is moved on; 0: the student itself", low=0, below=1)
     max_time: float = option(0.5, "share of the adversarial term's samples at the student's first time", low=0, high=1)
     # SANA-Sprint: 0.5, hinge, four blocks, log tan tau ~ N(-0.6 - log 0.5, 1)
     adversarial: Adversarial = section(
@@ -97,37 +101,43 @@ class Method:
         times.check_start(family.denoiser.schedule, family.student_times(num_steps))
         self.config, self.num_steps, self.shape = config, num_steps, family.latent_shape
         self.teacher = family.denoiser
-        self.student = self.teacher.with_network(config.guidance.student(family))
+        self.student = self.target = self.teacher.with_network(config.guidance.student(family))
         self.student_guidance = config.guidance.of_student
         self.networks: dict[str, nn.Module] = {"teacher": self.teacher.network, "student": self.student.network}
+        after, moves = nothing, []
+        if config.target_decay > 0:
+            target = copy.deepcopy(self.student.network).requires_grad_(False)
+            self.target, self.networks["target"] = self.teacher.with_network(target), target
+            after, moves = self.move_target, ["target"]
         self.adversary = adversary.make(config.adversarial, family, self.teacher)
         rows = passes.rows(config.guidance.low, config.guidance.high)
         needs = (
             Pass("teacher", count=config.velocity == "teacher", rows=rows),
-            Pass("student", config.derivative),
+            Pass("target" if moves else "student", config.derivative),
             Pass("student", "weights", 2 if self.adversary else 1),
             *adversary.student_passes(self.adversary),
         )
-        self.phases: tuple[Phase, ...] = (Phase("student", ["student"], self.student_loss, passes=needs),)
+        student = Phase("student", ["student"], self.student_loss, after=after, moves=moves, passes=needs)
+        self.phases: tuple[Phase, ...] = (student,)
         if self.adversary:
             self.networks["discriminator"] = self.adversary.heads
             self.phases = (self.adversary.phase(self.generate), *self.phases)
 
     def student_loss(self, batch: Batch, rng: Noise) -> Terms:
-        """-> {"scm", "gan"}: each [B]; "scm" is |g / (|g| + floor)|^2, near 1 until the tangent is small."""
+        """-> {"scm", "gan"}: each [B]; without an average "scm" is |g / (|g| + floor)|^2, near 1 until g is small."""
         share = min(1.0, rng.step / self.config.warmup) if self.config.warmup else 1.0
         eps, t, scale = rng.normal(self.shape), self.draw(rng), self.config.guidance.draw(rng)
-        v, g = self.tangent(batch, batch.images("scm"), eps, t, scale, share)
+        v, target, g = self.tangent(batch, batch.images("scm"), eps, t, scale, share)
         step = losses.normalised(g, self.config.floor)
-        terms = {"scm": math.prod(self.shape) * losses.mse(v, (v + step).detach())}
+        terms = {"scm": math.prod(self.shape) * losses.mse(v, target + step)}
         if self.adversary:
             terms["gan"] = self.adversary.student(self.generate(batch, rng), batch.cond, rng)
         return terms
 
     def tangent(
         self, batch: Batch, x0: Tensor, eps: Tensor, t: Tensor, scale: Tensor, share: float
-    ) -> tuple[Tensor, Tensor]:
-        """(the student's v with its gradient, g): [B, ...] each, at x_t of x0 and eps, [B, ...]; t, scale: [B]."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(the student's v with its gradient, the target's, g): [B, ...] each, at x_t of x0, eps; t, scale: [B]."""
         schedule = self.teacher.schedule
         at, x_t = schedule(t).like(x0), add_noise(schedule, x0, eps, t)
         here = trigflow(at, self.config.sigma_data)
@@ -140,10 +150,11 @@ class Method:
         dx = dt * combine("flow", x0, eps, at)
         cond, how = self.config.guidance.cond(batch.cond, scale), self.config.derivative
         span, dt = self.config.span, dt.flatten()
-        change = derivative.along(self.student, self.velocity, x_t, t, cond, dx, dt, how, span)
+        target, change = derivative.along(self.target, self.velocity, x_t, t, cond, dx, dt, how, span)
         v, real = self.velocity(self.student(x_t, t, cond)), here.velocity(x0, eps)
-        g = losses.consistency_tangent(here.scale * x_t, v.detach(), real, change, cos, sin, share)
-        return v, g
+        if self.config.target_decay == 0:
+            target = v.detach()  # the same but for the precision of the passes, which g is smaller than
+        return v, target, losses.consistency_tangent(here.scale * x_t, target, real, change, cos, sin, share)
 
     def generate(self, batch: Batch, rng: Noise) -> Tensor:
         """The student's x0 for the adversarial term, [B, ...]: from noised images, a share at its first time."""
@@ -157,6 +168,10 @@ class Method:
         """Continuous times: [B]."""
         mean = self.config.noise_mean + math.log(self.config.sigma_data)
         return times.logit_normal(rng, self.teacher.schedule, mean, self.config.noise_std, continuous=True)
+
+    def move_target(self) -> None:
+        """Move the target's weights towards the student's."""
+        follow(self.target.network, self.student.network, self.config.target_decay)
 
     def velocity(self, pred: Prediction) -> Tensor:
         """A prediction's velocity in TrigFlow: [B, ...]."""

@@ -108,6 +108,7 @@ VARIANTS: dict[str, dict[str, tuple[dict[str, Any], int]]] = {
     },
     "scm": {
         "default": ({"warmup": 4}, 1),
+        "average": ({"warmup": 2, "target_decay": 0.8}, 2),
         # not by finite differences: they enlarge rounding, and so the difference between batch sizes, by 1 / step
         "data": ({"velocity": "data", "guidance": {"low": 1, "high": 1}, "warmup": 0}, 2),
         "gan": (
@@ -123,6 +124,7 @@ VARIANTS: dict[str, dict[str, tuple[dict[str, Any], int]]] = {
     "meanflow": {
         "default": ({}, 1),
         "few": ({"guidance_scale": 1.0, "warmup": 4, "power": 0.75}, 4),
+        "average": ({"guidance_scale": 2.0, "target_decay": 0.8}, 1),
         "data": ({"velocity": "data", "guidance_scale": 1.0, "derivative": "finite_differences"}, 2),
     },
 }

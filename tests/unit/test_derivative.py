@@ -45,9 +45,9 @@ def test_the_consistency_function_does_not_change_along_its_flow_and_does_beside
     cond = labels(["left"] * 6, torch.float64)
     flow = Gaussian(1.0, 0.5).flow(x_t, schedule(t).like(x_t))
     one, zero = torch.ones_like(t), torch.zeros_like(t)
-    size = derivative.along(denoiser, read_x0, x_t, t, cond, torch.zeros_like(x_t), one).abs().max()
-    assert derivative.along(denoiser, read_x0, x_t, t, cond, flow, one).abs().max() < 1e-12 * size
-    across = derivative.along(denoiser, read_x0, x_t, t, cond, torch.ones_like(x_t), zero)
+    size = derivative.along(denoiser, read_x0, x_t, t, cond, torch.zeros_like(x_t), one)[1].abs().max()
+    assert derivative.along(denoiser, read_x0, x_t, t, cond, flow, one)[1].abs().max() < 1e-12 * size
+    across = derivative.along(denoiser, read_x0, x_t, t, cond, torch.ones_like(x_t), zero)[1]
     at = schedule(t).like(x_t)
     torch.testing.assert_close(across, (0.5 / Gaussian(1.0, 0.5).variance(at).sqrt()).expand_as(across))
 
@@ -60,7 +60,7 @@ def test_finite_differences_err_with_their_span(schedule: Schedule) -> None:
     dt = torch.full_like(t, 30.0 if type(schedule) is not Flow else 1.0)
 
     def found(how: derivative.Derivative, span: float = 1.0) -> Tensor:
-        return derivative.along(denoiser, read_x0, x_t, t, cond, dx, dt, how, span)
+        return derivative.along(denoiser, read_x0, x_t, t, cond, dx, dt, how, span)[1]
 
     exact = found("jvp")
     errors = [(found("finite_differences", span) - exact).abs().max().item() for span in (1e-2, 1e-3, 1e-4)]
@@ -81,7 +81,7 @@ def test_the_differences_look_back_and_stay_within_the_schedule() -> None:
 
     with torch.no_grad():
         expected = (at(h) - at(0 * h)) / h[:, None]
-    found = derivative.along(denoiser, read_x0, x_t, t, cond, dx, dt, "finite_differences", 0.03)
+    found = derivative.along(denoiser, read_x0, x_t, t, cond, dx, dt, "finite_differences", 0.03)[1]
     torch.testing.assert_close(found, expected)
 
 
@@ -109,13 +109,13 @@ def read_v(pred: Prediction) -> Tensor:
 
 def test_forward_mode_goes_through_the_u_net_and_agrees_with_differences() -> None:
     denoiser, where = unet()
-    exact = derivative.along(denoiser, read_v, **where)
+    exact = derivative.along(denoiser, read_v, **where)[1]
     assert exact.dtype == torch.float32
     assert not exact.requires_grad
     assert exact.norm() > 10  # and is not small itself
 
     def error(span: float) -> float:
-        near = derivative.along(denoiser, read_v, **where, how="finite_differences", span=span)
+        near = derivative.along(denoiser, read_v, **where, how="finite_differences", span=span)[1]
         return float((exact - near).norm() / exact.norm())
 
     assert error(derivative.SPAN) < 0.05
@@ -126,8 +126,8 @@ def test_forward_mode_goes_through_the_u_net_and_agrees_with_differences() -> No
 def test_autocast_does_not_touch_the_derivative(how: derivative.Derivative) -> None:
     plain, where = unet()
     cast, _ = unet(torch.bfloat16)
-    found = derivative.along(cast, read_v, **where, how=how)
-    assert torch.equal(found, derivative.along(plain, read_v, **where, how=how))
+    found = derivative.along(cast, read_v, **where, how=how)[1]
+    assert torch.equal(found, derivative.along(plain, read_v, **where, how=how)[1])
     with torch.no_grad():  # while a pass is cast
         assert not torch.equal(cast(where["x_t"], where["t"], where["cond"]).v, plain(*list(where.values())[:3]).v)
 
@@ -135,7 +135,7 @@ def test_autocast_does_not_touch_the_derivative(how: derivative.Derivative) -> N
 def test_a_pass_after_it_still_has_all_its_gradients() -> None:
     denoiser, where = unet(torch.bfloat16)
     denoiser.network.requires_grad_(True)
-    derivative.along(denoiser, read_v, **where)
+    derivative.along(denoiser, read_v, **where)[1]
     denoiser(where["x_t"], where["t"], where["cond"]).v.sum().backward()
     assert all(p.grad is not None for p in denoiser.network.parameters())
 
@@ -168,7 +168,7 @@ def along_broken(act: Callable[[Tensor], Tensor], how: derivative.Derivative) ->
     denoiser, x_t, t = made(Gaussians, sd_schedule())
     broken = replace(denoiser, network=Broken(act))
     cond = labels(["left"] * 6)
-    return derivative.along(broken, read_v, x_t, t, cond, torch.ones_like(x_t), torch.zeros_like(t), how)
+    return derivative.along(broken, read_v, x_t, t, cond, torch.ones_like(x_t), torch.zeros_like(t), how)[1]
 
 
 def test_a_kernel_without_a_forward_derivative_is_named_with_a_remedy() -> None:

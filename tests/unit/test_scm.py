@@ -94,9 +94,9 @@ def world(schedule: Schedule, n: int = 64) -> tuple[Batch, Tensor, Tensor, Tenso
 @pytest.mark.parametrize(("schedule", "kind"), WORLDS)
 def test_the_tangent_vanishes_at_the_exact_consistency_map(schedule: Schedule, kind: Kind, sigma_data: float) -> None:
     method = gaussian_method(schedule, kind, sigma_data=sigma_data)
-    _, g = method.tangent(*world(schedule), share=1.0)
+    *_, g = method.tangent(*world(schedule), share=1.0)
     assert g.abs().max() < 1e-10
-    _, off = gaussian_method(schedule, kind, (0.3, 1.1, -0.5), sigma_data=sigma_data).tangent(*world(schedule), 1.0)
+    *_, off = gaussian_method(schedule, kind, (0.3, 1.1, -0.5), sigma_data=sigma_data).tangent(*world(schedule), 1.0)
     assert off.square().mean().sqrt() > 0.01
 
 
@@ -107,7 +107,7 @@ def test_elsewhere_it_is_the_closed_form(schedule: Schedule, kind: Kind, sigma_d
     m, s = 0.2, 0.9
     method = gaussian_method(schedule, kind, (m,) * 3, (s,) * 3, sigma_data=sigma_data)
     batch, x0, eps, t, w = world(schedule)
-    _, g = method.tangent(batch, x0, eps, t, w, 1.0)
+    *_, g = method.tangent(batch, x0, eps, t, w, 1.0)
 
     at = schedule(t).like(x0)
     here, x_t = trigflow(at, sigma_data), at.alpha * x0 + at.sigma * eps
@@ -151,9 +151,9 @@ def test_finite_differences_give_the_same_tangent(schedule: Schedule, kind: Kind
     batch, x0, eps, t, w = world(schedule)
     t = t.floor() + 0.5 if schedule.t_max > 1 else t
     other = ((0.2,) * 3, (0.9,) * 3)
-    _, exact = gaussian_method(schedule, kind, *other).tangent(batch, x0, eps, t, w, 1.0)
+    *_, exact = gaussian_method(schedule, kind, *other).tangent(batch, x0, eps, t, w, 1.0)
     differences = gaussian_method(schedule, kind, *other, derivative="finite_differences", span=1e-7)
-    _, near = differences.tangent(batch, x0, eps, t, w, 1.0)
+    *_, near = differences.tangent(batch, x0, eps, t, w, 1.0)
     torch.testing.assert_close(near, exact, rtol=1e-5, atol=1e-6)
 
 
@@ -162,15 +162,15 @@ def test_without_its_second_part_it_is_distillation_of_the_velocity() -> None:
     schedule = sd_schedule()
     batch, x0, eps, t, w = world(schedule)
     method = gaussian_method(schedule, "v", (0.2,) * 3, (0.9,) * 3)
-    v, g = method.tangent(batch, x0, eps, t, w, 0.0)
+    v, _, g = method.tangent(batch, x0, eps, t, w, 0.0)
     at = schedule(t).like(x0)
     x_t, here = at.alpha * x0 + at.sigma * eps, trigflow(at)
     real = here.velocity(Gaussian(1.0, 0.5).x0(x_t, at), Gaussian(1.0, 0.5).eps(x_t, at))
     torch.testing.assert_close(g, -here.clock.cos().square() * (v - real))
 
-    method.student = method.teacher
-    assert method.tangent(batch, x0, eps, t, w, 0.0)[1].abs().max() == 0
-    assert method.tangent(batch, x0, eps, t, w, 1.0)[1].square().mean().sqrt() > 0.05
+    method.target = method.student = method.teacher
+    assert method.tangent(batch, x0, eps, t, w, 0.0)[2].abs().max() == 0
+    assert method.tangent(batch, x0, eps, t, w, 1.0)[2].square().mean().sqrt() > 0.05
 
 
 def test_data_s_own_velocity_is_unbiased_and_noisy() -> None:
@@ -180,7 +180,7 @@ def test_data_s_own_velocity_is_unbiased_and_noisy() -> None:
     batch, x0, eps, _, w = world(schedule, n)
     for at_time in (150.5, 450.5, 750.5):
         t = torch.full((n,), at_time, dtype=torch.float64)
-        _, g = method.tangent(batch, x0, eps, t, w, 1.0)
+        *_, g = method.tangent(batch, x0, eps, t, w, 1.0)
         at = schedule(t).like(x0)
         x_t = at.alpha * x0 + at.sigma * eps
         z = (x_t - x_t.mean()) / x_t.std()
@@ -199,7 +199,7 @@ def test_guidance_is_the_teacher_s() -> None:
     method = Method(Config(guidance=Scales(2.0, 2.0, False)), family, 1)
     to_double(method.teacher.network, MEANS, (0.5,) * 3)
     to_double(method.student.network, guided, (0.5,) * 3)
-    assert method.tangent(*world(schedule), share=1.0)[1].abs().max() < 1e-10
+    assert method.tangent(*world(schedule), share=1.0)[2].abs().max() < 1e-10
 
 
 def test_a_scale_that_is_an_input_guides_each_sample_s_teacher_by_its_own() -> None:
@@ -222,13 +222,13 @@ def test_a_scale_that_is_an_input_guides_each_sample_s_teacher_by_its_own() -> N
     scale = method.config.guidance.draw(rng)
     torch.testing.assert_close(scale.float(), scales[0])
     assert batch.x0 is not None
-    _, g = method.tangent(batch, batch.x0, eps, t, scale, 0.0)
+    *_, g = method.tangent(batch, batch.x0, eps, t, scale, 0.0)
     for i in range(4):
         one = Batch([i], {"label": batch.cond["label"][i : i + 1]}, batch.uncond)
         rows = (batch.x0[i : i + 1], eps[i : i + 1], t[i : i + 1])
         fixed = Method(Config(guidance=Scales(scale[i].item(), scale[i].item(), False)), conv_family(), 1)
         fixed.student = fixed.teacher
-        _, alone = fixed.tangent(one, *rows, scale[i : i + 1], 0.0)  # at the start the student ignores the scale
+        *_, alone = fixed.tangent(one, *rows, scale[i : i + 1], 0.0)  # at the start the student ignores the scale
         torch.testing.assert_close(g[i : i + 1], alone, rtol=1e-3, atol=1e-4)
     assert terms["scm"].isfinite().all()
 
@@ -246,13 +246,31 @@ def test_the_gradient_is_minus_twice_the_normalised_tangent() -> None:
 
     rng = noise(4, n=16)
     assert batch.x0 is not None
-    v, g = method.tangent(batch, batch.x0, rng.normal((3,)), method.draw(rng), torch.ones(16), 0.4)
+    v, _, g = method.tangent(batch, batch.x0, rng.normal((3,)), method.draw(rng), torch.ones(16), 0.4)
     step = g / (g.square().sum(1, keepdim=True).sqrt() + 0.1)
     torch.testing.assert_close(loss, step.square().sum(1))
     expected = torch.autograd.grad((-2 * step * v).sum(), parameters)
     for one, two in zip(found, expected, strict=True):
         torch.testing.assert_close(one, two)
     assert max(one.abs().max() for one in found) > 0.1
+
+
+@pytest.mark.parametrize(("schedule", "kind"), WORLDS)
+def test_with_an_average_its_v_and_tangent_are_the_target(schedule: Schedule, kind: Kind) -> None:
+    batch, x0, eps, t, w = world(schedule)
+    method = gaussian_method(schedule, kind, (0.2,) * 3, (0.9,) * 3, target_decay=0.75)
+    to_double(method.target.network, (0.1,) * 3, (0.8,) * 3)
+    alone = gaussian_method(schedule, kind, (0.1,) * 3, (0.8,) * 3)
+    v, target, g = method.tangent(batch, x0, eps, t, w, 1.0)
+    _, expected, tangent = alone.tangent(batch, x0, eps, t, w, 1.0)
+    torch.testing.assert_close(target, expected)
+    torch.testing.assert_close(g, tangent)
+    torch.testing.assert_close(
+        v, gaussian_method(schedule, kind, (0.2,) * 3, (0.9,) * 3).tangent(*world(schedule), 1)[0]
+    )
+    method.move_target()
+    mean = method.target.network.mean
+    torch.testing.assert_close(mean, torch.full_like(mean, 0.75 * 0.1 + 0.25 * 0.2))
 
 
 @pytest.mark.parametrize(("step", "share"), [(0, 0.0), (5, 0.5), (10, 1.0), (99, 1.0)])
@@ -373,6 +391,11 @@ def distil(num_steps: int, schedule: Schedule, kind: Kind, updates: int = 100, *
 @pytest.mark.parametrize(("num_steps", "world"), [(1, WORLDS[0]), (2, WORLDS[0]), (2, WORLDS[3])])
 def test_a_student_takes_on_the_teacher_s_mean_and_deviation(num_steps: int, world: tuple[Schedule, Kind]) -> None:
     assert distil(num_steps, *world) == pytest.approx([1.0, 0.5, -0.5, 0.3], abs=0.01)
+
+
+def test_an_average_comes_after_it() -> None:
+    found = distil(1, sd_schedule(), "v", 200, target_decay=0.9)
+    assert found == pytest.approx([1.0, 0.5, -0.5, 0.3], abs=0.02)
 
 
 def test_by_finite_differences_it_does_too() -> None:
