@@ -36,12 +36,9 @@ mypy: $(VENV)/.installed-dev  ## types alone
 	@ln -s $(CURDIR)/fastgen/* $(addprefix $(CURDIR)/,trainers pipelines evaluation configs) build/types/fastgen/
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p fastgen
 
-results: demo  ## make every number of README.md and docs/results.md again (an hour)
+results: demo  ## make the demo's numbers in README.md and docs/results.md again
 	$(BIN)/fastgen report runs/demo --into docs/results.md --name demo --picture docs/demo.png
 	$(BIN)/fastgen report runs/demo --into README.md --name demo
-	$(BIN)/fastgen train configs/emoji/dmd2.yaml
-	$(BIN)/fastgen evaluate runs/emoji/dmd2
-	$(BIN)/fastgen report runs/emoji/dmd2 --into docs/results.md --name dmd2 --picture docs/dmd2.png
 
 bench: $(VENV)/.installed-eval  ## train and judge every method on the emoji teacher, write docs/results.json (hours; resumes)
 	$(BIN)/fastgen bench methods
