@@ -5,11 +5,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format mypy results bench recovery guiders world sprites clean
+.PHONY: help install demo test check format mypy results bench performance recovery guiders world sprites clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /\1|/' | awk -F'|' '{ printf "  make %-9s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /\1|/' | awk -F'|' '{ printf "  make %-11s %s\n", $$1, $$2 }'
 
 install: $(VENV)/.installed-dev  ## make .venv and install fastgen with all that development needs
 
@@ -42,6 +42,10 @@ results: demo  ## make the demo's numbers in README.md and docs/results.md again
 
 bench: $(VENV)/.installed-eval  ## train and judge every method on the emoji teacher, write docs/results.json (hours; resumes)
 	$(BIN)/fastgen bench methods
+
+performance: $(VENV)/.installed-dev  ## measure what an iteration of each method takes and holds, write docs/performance.md
+	$(BIN)/fastgen bench cost --into docs/performance.md
+	$(BIN)/fastgen bench memory emoji/dmd2_prompts --into docs/performance.md
 
 recovery: $(VENV)/.installed-dev  ## distil the two-dimensional mixture by every method, write docs/recovery.md (15 minutes)
 	$(BIN)/python -m tests.recovery.plot

@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 bench = typer.Typer(
-    help="Measure what methods cost: time against its floor, memory against what must be held.", no_args_is_help=True
+    help="Compare methods: what their students are worth, and what an iteration costs and holds.", no_args_is_help=True
 )
 app.add_typer(bench, name="bench")
 
@@ -385,37 +385,63 @@ def cost(
     clock: Annotated[
         Literal["wall", "cpu"], typer.Option(help="cpu: this process's time, steadier where others work too.")
     ] = "wall",
+    into: Annotated[Path | None, typer.Option(help="Markdown with a place <!-- cost -->.")] = None,
 ) -> None:
     """Time a training step of each method against its floor: the network passes that its algorithm needs."""
     from . import cost as costs
     from . import recipe as recipes
 
+    check_place(into, "cost")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, tree in benched(configs or [], [f"run.batch_size={batch_size}"], Path(folder)):
             rows.append(costs.measure(recipes.decode(tree, name), name, rounds, clock))
-    if as_json:
-        typer.echo(json.dumps(rows, indent=1))
-    else:
-        costs.print_table(rows)
+    told(rows, costs.table(rows), costs.WORDS, as_json, into, "cost")
 
 
 @bench.command()
 def memory(
     configs: Configs = None,
     as_json: Annotated[bool, typer.Option("--json", help="Rows for a machine.")] = False,
+    into: Annotated[Path | None, typer.Option(help="Markdown with a place <!-- memory -->.")] = None,
 ) -> None:
     """Measure the peak memory of training against what must be held: the student whole, as adapters, all on one."""
     from . import memory as memories
 
+    check_place(into, "memory")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, tree in benched(configs or [], [], Path(folder)):
             rows += memories.rows(tree, name, name)
+    told(rows, memories.table(rows), memories.WORDS, as_json, into, "memory")
+
+
+def check_place(into: Path | None, name: str) -> None:
+    """Raise ValueError, before anything is measured, if a document has no place of that name."""
+    from .evaluation.report import around
+
+    if into:
+        around(into, name)
+
+
+def told(
+    rows: list[dict[str, Any]],
+    table: tuple[list[str], list[list[str]]],
+    words: int,
+    as_json: bool,
+    into: Path | None,
+    name: str,
+) -> None:
+    """Print rows as JSON or a table, and put the table into a document if one is given."""
+    from . import tables
+    from .evaluation.report import place
+
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
     else:
-        memories.print_table(rows)
+        tables.show(*table, words)
+    if into:
+        place(tables.markdown(*table, words), into, name)
 
 
 def benched(given: list[str], changes: list[str], folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:

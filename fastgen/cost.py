@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -350,23 +349,17 @@ def _inputs(session: Session, p: Pass, cond: Cond) -> tuple[Tensor, Tensor, Cond
     return x_t.to(session.device), t.to(session.device), cond
 
 
-def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """A line a recipe; what a step takes beyond its floor, and for encoding on top, in percent of the floor."""
-    from rich.console import Console
-    from rich.table import Table
+WORDS = 2
+"""Columns of ``table`` that are no numbers."""
 
-    table = Table("method", "config", "seconds", "floor", "ratio", "quartiles", box=None, header_style="bold")
-    for part in (*rows[0]["rest"], "+ encoding"):
-        table.add_column(part, justify="right")
+
+def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Columns, and a line a recipe; what a step takes beyond its floor, and for encoding on top, in % of the floor."""
+    columns = ["method", "config", "seconds", "floor", "ratio", "quartiles", *rows[0]["rest"], "+ encoding"]
+    lines = []
     for row in rows:
         shares = [100 * part / row["floor_seconds"] for part in (*row["rest"].values(), row["encoding_seconds"])]
-        table.add_row(
-            row["method"],
-            row["config"],
-            f"{row['seconds']:.4g}",
-            f"{row['floor_seconds']:.4g}",
-            f"{row['ratio']:.3f}",
-            f"{row['ratio_low']:.3f} {row['ratio_high']:.3f}",
-            *(f"{share:.1f} %" for share in shares),
-        )
-    Console(width=None if sys.stdout.isatty() else 200).print(table)  # a file has no edge to break lines at
+        times = [f"{row['seconds']:.4g}", f"{row['floor_seconds']:.4g}", f"{row['ratio']:.3f}"]
+        spread = f"{row['ratio_low']:.3f} {row['ratio_high']:.3f}"
+        lines.append([row["method"], row["config"], *times, spread, *(f"{share:.1f} %" for share in shares)])
+    return columns, lines

@@ -138,19 +138,18 @@ def measure(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """A line a form."""
-    from rich.console import Console
-    from rich.table import Table
+WORDS = 2
+"""Columns of ``table`` that are no numbers."""
 
-    table = Table("config", "student", box=None, header_style="bold")
-    for column in COLUMNS:
-        table.add_column(column, justify="right")
+
+def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Columns, and a line a form; MiB."""
+    lines = []
     for row in rows:
         parts = {name: total({name: part}) for name, part in row["parts"].items()}
         sizes = {**parts, "held": row["held"], "peak": row["peak"], "rest": row["peak"] - row["held"]}
-        table.add_row(row["config"], row["form"], *(f"{sizes[name] / 2**20:,.1f}" for name in COLUMNS))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)  # a file has no edge to break lines at
+        lines.append([row["config"], row["form"], *(f"{sizes[name] / 2**20:,.1f}" for name in COLUMNS)])
+    return ["config", "student", *COLUMNS], lines
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from fastgen.export import load
 from fastgen.pipelines import guiders
 from fastgen.recipe import locate
 from fastgen.rng import seed_of
+from fastgen.tables import markdown
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "guiders.md"
 BATCH, STEPS, SCALE, AWAY = 50, 20, 2.5, "fluent 3d"
@@ -101,10 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     real = runner.Real(held_out, range(chosen.number), BATCH)
     context = Context(locate("assets:emoji/clip"), None, real, held_out.candidates, held_out.concept, "cpu")
     prompts = [held_out.item(i).prompt for i in range(chosen.number)]
-    lines = [
-        "| | Evaluations | FID ↓ | CLIP score ↑ | Retrieval ↑ | Pixels off guidance (of 255) |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
+    columns = ["", "Evaluations", "FID ↓", "CLIP score ↑", "Retrieval ↑", "Pixels off guidance (of 255)"]
+    lines: list[list[str]] = []
     first: Tensor | None = None
     for case in cases(teacher, *students, fitted):
         pixels, evaluations = images(case, prompts)
@@ -115,11 +114,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = runner.measure_images(batches, context, ["fid", "clip_score"])
         off = f"{(pixels.float() - first.float()).abs().mean():.1f}" if case.pipeline is teacher else ""
         score, share = found["clip_score"], found["retrieval"]
-        lines.append(f"| {case.name} | {evaluations:.3g} | {found['fid']:.1f} | {score:.1f} | {share:.0%} | {off} |")
+        lines.append([case.name, f"{evaluations:.3g}", f"{found['fid']:.1f}", f"{score:.1f}", f"{share:.0%}", off])
         print(lines[-1], flush=True)
     commit = runner.commit() or "unknown"
     said = f"{chosen.number} images a row, one seed each; torch {torch.__version__}, commit {commit[:12]}."
-    place("\n".join([*lines, "", said]), chosen.document, "guiders")
+    place(f"{markdown(columns, lines)}\n\n{said}", chosen.document, "guiders")
 
 
 if __name__ == "__main__":

@@ -74,6 +74,29 @@ def test_the_table_of_cost_names_method_ratio_and_parts(world: Path) -> None:
     assert line.count("%") == len(PARTS) + 1
 
 
+@pytest.mark.parametrize("what", ["cost", "memory"])
+def test_a_document_without_a_place_is_refused_before_anything_is_measured(
+    what: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "benched", None)
+    (tmp_path / "page.md").write_text("nothing here")
+    failed = fastgen("bench", what, world / "run.yaml", "--into", tmp_path / "page.md")
+    assert failed.code == 2
+    assert f"write <!-- {what} --> and <!-- /{what} -->" in failed.err
+
+
+def test_the_table_of_cost_goes_into_a_document(world: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("above\n<!-- cost -->\n<!-- /cost -->\nbelow\n")
+    done("bench", "cost", world / "run.yaml", "--rounds", 1, "--batch-size", 2, "run.ema=0", "--into", page)
+    above, head, rule, row, below = (line for line in page.read_text().split("\n") if line and "<!--" not in line)
+    assert (above, below) == ("above", "below")
+    assert head.startswith("| method | config | seconds |")
+    assert rule.startswith("| --- | --- | ---: |")
+    assert row.startswith("| dmd2 | ")
+    assert head.count("|") == rule.count("|") == row.count("|")
+
+
 class Rows:
     """A clock that goes on by one with each row that a U-Net is given, forward or with its tangent."""
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastgen.evaluation.report import place
 from fastgen.family import Family
+from fastgen.tables import markdown
 from tests.recovery import recover
 from tests.recovery.recover import ASKED, GUIDED_STEPS, METHODS, POOL, SCALES, SETTINGS, TEACHER_STEPS, Draws, measure
 
@@ -114,12 +115,6 @@ def row(name: str, num_steps: str, draws: Draws, beside: Draws | None = None) ->
     ]
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """In Markdown, all columns but the first to the right."""
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
 # The whole
 
 
@@ -189,10 +184,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     save(sheet(pictures), chosen.docs / "recovery.png")
     columns = ["", "Steps", "Distance", "Teacher at these steps", "Worst mode's mass", "Modes' spread", "Outside"]
-    place(table(columns, [*rows, *of_students]), chosen.docs / "recovery.md", "students")
+    place(markdown(columns, [*rows, *of_students]), chosen.docs / "recovery.md", "students")
     columns = ["", "Scale", "Off the guided teacher", "Teacher without guidance", "Left of it"]
     spent = f"{(time.process_time() - begun) / 60:.1f} minutes of one core, torch {torch.__version__}."
-    place(f"{table(columns, of_guidance)}\n\n{spent}", chosen.docs / "recovery.md", "guidance")
+    place(f"{markdown(columns, of_guidance)}\n\n{spent}", chosen.docs / "recovery.md", "guidance")
 
 
 if __name__ == "__main__":
