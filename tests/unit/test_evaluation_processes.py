@@ -101,4 +101,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     run(Path(sys.argv[1]), Path(sys.argv[1]) / "kept")
+    torch.distributed.barrier()  # as in test_parallel.py
     torch.distributed.destroy_process_group()
