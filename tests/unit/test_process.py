@@ -11,13 +11,21 @@ import torch
 
 from fastgen import process
 
+HELD = """
+import torch
+from fastgen import process
+before = process.resident("VmRSS")
+held = torch.ones(16 * 2**20)
+print(process.resident("VmRSS") - before)
+del held
+print(process.resident("VmHWM") - before)
+"""
+
 
 def test_resident_memory_grows_with_what_is_kept_and_its_peak_stays() -> None:
-    before = process.resident("VmRSS")
-    held = torch.ones(16 * 2**20)
-    assert process.resident("VmRSS") - before > 60 * 2**20
-    del held
-    assert process.resident("VmHWM") - before > 60 * 2**20
+    """In a process of its own: this one may still keep what an earlier test has freed."""
+    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, check=True)
+    assert min(map(int, done.stdout.split())) > 60 * 2**20
 
 
 def test_without_proc_the_most_so_far_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
