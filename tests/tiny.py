@@ -100,11 +100,11 @@ def pipeline(prediction_type: str = "epsilon", seed: int = 0, **changes: Any) ->
     return made
 
 
-def perturbed(network: nn.Module, seed: int = 9, by: float = 0.02) -> nn.Module:
+def perturbed(network: nn.Module, seed: int = 9) -> nn.Module:
     """A student's network, moved so that it is no longer its teacher's."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in network.parameters():
             if p.requires_grad:
-                p += by * torch.randn(p.shape, generator=g)
+                p += 0.02 * torch.randn(p.shape, generator=g)
     return network.eval()

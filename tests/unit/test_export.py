@@ -35,16 +35,7 @@ def family() -> Family:
 @pytest.fixture(scope="module")
 def student(family: Family) -> nn.Module:
     """No longer its teacher."""
-    return moved(family.student(), 0.02, 9)
-
-
-def moved(network: nn.Module, by: float, seed: int) -> nn.Module:
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in network.parameters():
-            if p.requires_grad:
-                p += by * torch.randn(p.shape, generator=g)
-    return network.eval()
+    return tiny.perturbed(family.student())
 
 
 def write(family: Family, network: nn.Module, folder: Path, **changes: Any) -> float:
@@ -92,7 +83,7 @@ def with_ddim(family: Family) -> Family:
 
 def with_other_weights(family: Family) -> Family:
     """As if saving lost what was learnt."""
-    return replace(family, pipeline=lambda network, n, _: family.pipeline(moved(family.student(), 0.02, 10), n))
+    return replace(family, pipeline=lambda network, n, _: family.pipeline(tiny.perturbed(family.student(), 10), n))
 
 
 def with_nan(family: Family) -> Family:
