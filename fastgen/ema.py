@@ -1,18 +1,40 @@
-"""An exponential moving average of a network's trainable weights."""
+"""Exponential moving averages of a network's weights: one to export, and one to learn from."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from .denoiser import Denoiser
 
-@torch.no_grad()
-def follow(target: nn.Module, source: nn.Module, decay: float) -> None:
-    """Move a network's parameters towards another's of the same shape: decay target + (1 - decay) source."""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - decay)
+
+class Target:
+    """What a student's answers are compared with: an average that follows its updates, or the student itself.
+
+    Attributes:
+        denoiser: the one or the other.
+        role: "target" or "student".
+        networks: the average's by its role, so that it is kept in checkpoints; nothing for the student itself.
+        decay: of the next update; a method may change it.
+    """
+
+    def __init__(self, student: Denoiser, decay: float) -> None:
+        """Copy the student's network as it is now, with decay in (0, 1); 0: take the student itself."""
+        self.student = self.denoiser = student
+        self.decay, self.role, self.networks = decay, "student", dict[str, nn.Module]()
+        if decay > 0:
+            self.denoiser = student.with_network(copy.deepcopy(student.network).requires_grad_(False))
+            self.role, self.networks = "target", {"target": self.denoiser.network}
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """After an update: decay target + (1 - decay) student."""
+        for network in self.networks.values():
+            torch._foreach_lerp_(list(network.parameters()), list(self.student.network.parameters()), 1 - self.decay)
 
 
 class EMA:

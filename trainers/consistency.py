@@ -28,7 +28,6 @@ is lpips. That is LPIPS as published, with maxima where the paper's code pools b
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,10 +38,10 @@ from fastgen import adversary, distance, passes, rollout, times
 from fastgen.adversary import Adversarial
 from fastgen.config import option, section
 from fastgen.denoiser import guided
-from fastgen.ema import follow
+from fastgen.ema import Target
 from fastgen.family import Family
 from fastgen.lpips import Perceptual
-from fastgen.method import About, Batch, Phase, Terms, nothing
+from fastgen.method import About, Batch, Phase, Terms
 from fastgen.passes import Pass
 from fastgen.rng import Noise
 from fastgen.sampling import Sampler
@@ -119,7 +118,7 @@ class Method:
 
     def __init__(self, config: Config, family: Family, num_steps: int) -> None:
         """Copy the teacher, and once more for an averaged target. num_steps: when sampling; training has none."""
-        self.config, self.num_steps, self.shape, self.decay = config, num_steps, family.latent_shape, config.ema
+        self.config, self.num_steps, self.shape = config, num_steps, family.latent_shape
         self.teacher = family.denoiser
         self.schedule = self.teacher.schedule
         times.check_start(self.schedule, family.student_times(num_steps))
@@ -127,22 +126,26 @@ class Method:
         pure = not self.schedule(torch.tensor([self.schedule.t_max])).alpha.all()
         if pure and config.weight == "inverse" and config.pairs == "grid":
             raise ValueError("weight inverse is 0 at this schedule's pure noise; set weight uniform, or pairs ratio")
-        self.student = self.target = self.teacher.with_network(family.student())
+        self.student = self.teacher.with_network(family.student())
         self.networks: dict[str, nn.Module] = {"teacher": self.teacher.network, "student": self.student.network}
-        after, moves = nothing, []
-        if config.target == "ema":
-            self.target = self.teacher.with_network(copy.deepcopy(self.student.network).requires_grad_(False))
-            self.networks["target"] = self.target.network
-            after, moves = self.follow, ["target"]
+        self.target = Target(self.student, config.ema if config.target == "ema" else 0)
+        self.networks |= self.target.networks
         self.adversary = adversary.make(config.adversarial, family, self.teacher)
         calls = {"data": 0, "euler": 1, "heun": 2}[config.solver]
         needs = (
             Pass("teacher", count=calls, rows=passes.rows(config.guidance_scale)),
-            Pass("target" if moves else "student"),
+            Pass(self.target.role),
             Pass("student", "weights"),
             *adversary.student_passes(self.adversary),
         )
-        student = Phase("student", ["student"], self.student_loss, after=after, moves=moves, passes=needs)
+        student = Phase(
+            "student",
+            ["student"],
+            self.student_loss,
+            after=self.target.follow,
+            moves=[*self.target.networks],
+            passes=needs,
+        )
         self.phases: tuple[Phase, ...] = (student,)
         if self.adversary:
             self.networks["discriminator"] = self.adversary.heads
@@ -163,8 +166,8 @@ class Method:
                 x_r, eps = rollout.along_ode(teacher, self.schedule, x_t, t, r, batch.cond, self.config.solver)
             at = self.schedule(r).like(x_r)
             end = clean.reshape(at.alpha.shape)
-            target = torch.where(end, (x_r - at.sigma * eps) / at.alpha, self.target(x_r, r, batch.cond).x0)
-        self.decay = self.config.ema ** ((self.count(0) + 1) / (self.count(rng.step) + 1))  # CT's mu(k)
+            target = torch.where(end, (x_r - at.sigma * eps) / at.alpha, self.target.denoiser(x_r, r, batch.cond).x0)
+        self.target.decay = self.config.ema ** ((self.count(0) + 1) / (self.count(rng.step) + 1))  # CT's mu(k)
         terms = {"consistency": self.weight(t, r, clean).to(y) * self.distance(y, target)}
         if self.adversary:
             terms["gan"] = self.adversary.student(y, batch.cond, rng)
@@ -194,7 +197,3 @@ class Method:
             return torch.ones_like(t)
         kappa_r = torch.where(clean, 0, times.noise_ratio(self.schedule, r))
         return 1 / (times.noise_ratio(self.schedule, t) - kappa_r)
-
-    def follow(self) -> None:
-        """Move the averaged target towards the student."""
-        follow(self.target.network, self.student.network, self.decay)

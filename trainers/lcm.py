@@ -22,7 +22,6 @@ embedding starts at zero, so that the student starts as its teacher.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,10 +30,10 @@ from torch import Tensor, nn
 
 from fastgen import losses, passes, times
 from fastgen.config import option, section
-from fastgen.ema import follow
+from fastgen.ema import Target
 from fastgen.family import Family
 from fastgen.guidance import Scales
-from fastgen.method import About, Batch, Phase, Terms, nothing
+from fastgen.method import About, Batch, Phase, Terms
 from fastgen.passes import Pass
 from fastgen.rng import Noise
 from fastgen.rollout import along_ode
@@ -77,20 +76,26 @@ class Method:
         self.config, self.num_steps, self.shape = config, num_steps, family.latent_shape
         self.teacher = family.denoiser
         self.grid = times.solver_grid(self.teacher.schedule, family.student_times(num_steps), config.solver_steps)
-        self.student = self.target = self.teacher.with_network(config.guidance.student(family))
+        self.student = self.teacher.with_network(config.guidance.student(family))
         self.student_guidance = config.guidance.of_student
         self.networks: dict[str, nn.Module] = {"teacher": self.teacher.network, "student": self.student.network}
-        after, moves = nothing, []
-        if config.target_decay > 0:
-            target = copy.deepcopy(self.student.network).requires_grad_(False)
-            self.target, self.networks["target"] = self.teacher.with_network(target), target
-            after, moves = self.move_target, ["target"]
+        self.target = Target(self.student, config.target_decay)
+        self.networks |= self.target.networks
         needs = (
             Pass("teacher", rows=passes.rows(config.guidance.low, config.guidance.high)),
-            Pass("target" if moves else "student"),
+            Pass(self.target.role),
             Pass("student", "weights"),
         )
-        self.phases = (Phase("student", ["student"], self.loss, after=after, moves=moves, passes=needs),)
+        self.phases = (
+            Phase(
+                "student",
+                ["student"],
+                self.loss,
+                after=self.target.follow,
+                moves=[*self.target.networks],
+                passes=needs,
+            ),
+        )
 
     def loss(self, batch: Batch, rng: Noise) -> Terms:
         """-> {"consistency": [B]}."""
@@ -102,13 +107,9 @@ class Method:
             teacher = scales.guide(self.teacher, batch.uncond, scale)
             x_r, _ = along_ode(teacher, schedule, x_t, t, r, batch.cond, "euler")
             at_end = (r == schedule.t_min).reshape(-1, *(1,) * (x_t.ndim - 1))
-            y = torch.where(at_end, x_r, self.target(x_r, r, cond).x0)
+            y = torch.where(at_end, x_r, self.target.denoiser(x_r, r, cond).x0)
         return {"consistency": self.distance(self.student(x_t, t, cond).x0, y)}
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """Of each sample: [B, ...] -> [B]."""
         return losses.mse(x, y) if self.config.metric == "l2" else losses.huber(x, y, self.config.huber_c)
-
-    def move_target(self) -> None:
-        """Move the target's weights towards the student's."""
-        follow(self.target.network, self.student.network, self.config.target_decay)

@@ -24,7 +24,6 @@ as large as the ``span`` of finite differences one comes to the average's u at t
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,9 +35,9 @@ from fastgen.config import option
 from fastgen.coordinates import rectified
 from fastgen.denoiser import guided
 from fastgen.derivative import SPAN, Derivative
-from fastgen.ema import follow
+from fastgen.ema import Target
 from fastgen.family import Family
-from fastgen.method import About, Batch, Phase, Terms, nothing
+from fastgen.method import About, Batch, Phase, Terms
 from fastgen.passes import Pass
 from fastgen.prediction import Prediction, combine
 from fastgen.rng import Noise
@@ -87,20 +86,26 @@ class Method:
         times.check_start(family.denoiser.schedule, family.student_times(num_steps))
         self.config, self.num_steps, self.shape = config, num_steps, family.latent_shape
         self.teacher = family.denoiser
-        self.student = self.target = self.teacher.with_network(family.student())
+        self.student = self.teacher.with_network(family.student())
         self.edges = sorted({self.teacher.schedule.t_min, *family.student_times(num_steps)})
         self.networks: dict[str, nn.Module] = {"teacher": self.teacher.network, "student": self.student.network}
-        after, moves = nothing, []
-        if config.target_decay > 0:
-            target = copy.deepcopy(self.student.network).requires_grad_(False)
-            self.target, self.networks["target"] = self.teacher.with_network(target), target
-            after, moves = self.move_target, ["target"]
+        self.target = Target(self.student, config.target_decay)
+        self.networks |= self.target.networks
         needs = (
             Pass("teacher", count=config.velocity == "teacher", rows=passes.rows(config.guidance_scale)),
-            Pass("target" if moves else "student", config.derivative),
+            Pass(self.target.role, config.derivative),
             Pass("student", "weights"),
         )
-        self.phases = (Phase("student", ["student"], self.student_loss, after=after, moves=moves, passes=needs),)
+        self.phases = (
+            Phase(
+                "student",
+                ["student"],
+                self.student_loss,
+                after=self.target.follow,
+                moves=[*self.target.networks],
+                passes=needs,
+            ),
+        )
 
     def student_loss(self, batch: Batch, rng: Noise) -> Terms:
         """-> {"meanflow": [B]}, near 1 at power 1 until the error is small."""
@@ -124,15 +129,11 @@ class Method:
         dt = (here.clock - there.clock) / here.rate  # the interval within the tangent
         dx = dt * combine("flow", x0, eps, at)
         how, span, dt = self.config.derivative, self.config.span, dt.flatten()
-        now, change = derivative.along(self.target, velocity, x_t, t, batch.cond, dx, dt, how, span)
+        now, change = derivative.along(self.target.denoiser, velocity, x_t, t, batch.cond, dx, dt, how, span)
         u, target = velocity(self.student(x_t, t, batch.cond)), here.velocity(x0, eps) - share * change
         if self.config.target_decay > 0:
             target = now + self.config.relaxation * (target - now)
         return u, target
-
-    def move_target(self) -> None:
-        """Move the target's weights towards the student's."""
-        follow(self.target.network, self.student.network, self.config.target_decay)
 
     def next_time(self, t: Tensor) -> Tensor:
         """The largest of the student's times and t_min that is below t: [B] -> [B]; t_min itself at t_min."""

@@ -25,7 +25,6 @@ student that was its own target had lost the clean end of its paths after 40 ste
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -38,10 +37,10 @@ from fastgen.adversary import Adversarial
 from fastgen.config import option, section
 from fastgen.coordinates import trigflow
 from fastgen.derivative import SPAN, Derivative
-from fastgen.ema import follow
+from fastgen.ema import Target
 from fastgen.family import Family
 from fastgen.guidance import Scales
-from fastgen.method import About, Batch, Phase, Terms, nothing
+from fastgen.method import About, Batch, Phase, Terms
 from fastgen.passes import Pass
 from fastgen.prediction import Prediction, combine
 from fastgen.rng import Noise
@@ -101,23 +100,27 @@ class Method:
         times.check_start(family.denoiser.schedule, family.student_times(num_steps))
         self.config, self.num_steps, self.shape = config, num_steps, family.latent_shape
         self.teacher = family.denoiser
-        self.student = self.target = self.teacher.with_network(config.guidance.student(family))
+        self.student = self.teacher.with_network(config.guidance.student(family))
         self.student_guidance = config.guidance.of_student
         self.networks: dict[str, nn.Module] = {"teacher": self.teacher.network, "student": self.student.network}
-        after, moves = nothing, []
-        if config.target_decay > 0:
-            target = copy.deepcopy(self.student.network).requires_grad_(False)
-            self.target, self.networks["target"] = self.teacher.with_network(target), target
-            after, moves = self.move_target, ["target"]
+        self.target = Target(self.student, config.target_decay)
+        self.networks |= self.target.networks
         self.adversary = adversary.make(config.adversarial, family, self.teacher)
         rows = passes.rows(config.guidance.low, config.guidance.high)
         needs = (
             Pass("teacher", count=config.velocity == "teacher", rows=rows),
-            Pass("target" if moves else "student", config.derivative),
+            Pass(self.target.role, config.derivative),
             Pass("student", "weights", 2 if self.adversary else 1),
             *adversary.student_passes(self.adversary),
         )
-        student = Phase("student", ["student"], self.student_loss, after=after, moves=moves, passes=needs)
+        student = Phase(
+            "student",
+            ["student"],
+            self.student_loss,
+            after=self.target.follow,
+            moves=[*self.target.networks],
+            passes=needs,
+        )
         self.phases: tuple[Phase, ...] = (student,)
         if self.adversary:
             self.networks["discriminator"] = self.adversary.heads
@@ -150,7 +153,7 @@ class Method:
         dx = dt * combine("flow", x0, eps, at)
         cond, how = self.config.guidance.cond(batch.cond, scale), self.config.derivative
         span, dt = self.config.span, dt.flatten()
-        target, change = derivative.along(self.target, self.velocity, x_t, t, cond, dx, dt, how, span)
+        target, change = derivative.along(self.target.denoiser, self.velocity, x_t, t, cond, dx, dt, how, span)
         v, real = self.velocity(self.student(x_t, t, cond)), here.velocity(x0, eps)
         if self.config.target_decay == 0:
             target = v.detach()  # the same but for the precision of the passes, which g is smaller than
@@ -168,10 +171,6 @@ class Method:
         """Continuous times: [B]."""
         mean = self.config.noise_mean + math.log(self.config.sigma_data)
         return times.logit_normal(rng, self.teacher.schedule, mean, self.config.noise_std, continuous=True)
-
-    def move_target(self) -> None:
-        """Move the target's weights towards the student's."""
-        follow(self.target.network, self.student.network, self.config.target_decay)
 
     def velocity(self, pred: Prediction) -> Tensor:
         """A prediction's velocity in TrigFlow: [B, ...]."""

@@ -513,15 +513,15 @@ def test_ct_s_decay_rises_with_the_number_of_levels() -> None:
     method = conv_method(variant="ct", curriculum_steps=100, ema=0.9)
     for step, levels in ((0, 2), (50, 143), (100, 201)):
         method.student_loss(CONV.batch(range(2)), noise(step, n=2))
-        assert method.decay == pytest.approx(math.exp(2 * math.log(0.9) / levels))
+        assert method.target.decay == pytest.approx(math.exp(2 * math.log(0.9) / levels))
     fixed = conv_method(ema=0.9)
     fixed.student_loss(CONV.batch(range(2)), noise(70, n=2))
-    assert fixed.decay == 0.9
+    assert fixed.target.decay == 0.9
 
 
 def test_without_an_average_the_target_is_the_student_as_it_is_now() -> None:
     method = conv_method(variant="ict", curriculum_steps=100)
-    assert method.target is method.student
+    assert method.target.denoiser is method.student
     assert set(method.networks) == {"teacher", "student"}
     assert not method.phases[0].moves
 

@@ -145,7 +145,7 @@ def test_at_the_grid_s_end_the_target_is_the_teacher_s_step_itself() -> None:
     batch = data().batch(range(400))
     one, two = world(), world()
     with torch.no_grad():
-        two.target.network.mean += 100  # all but the boundary is lost
+        two.target.denoiser.network.mean += 100  # all but the boundary is lost
     terms = [m.loss(batch, noise(n=400))["consistency"] for m in (one, two)]
     t, _ = times.on_grid(noise(n=400), one.grid)
     assert 0 < (t == 19).sum() < 30

@@ -200,15 +200,15 @@ def test_data_s_own_velocity_is_unbiased_and_noisy() -> None:
 def test_with_an_average_the_target_is_a_share_of_the_way_from_it(schedule: Schedule, kind: Kind) -> None:
     batch, x0, eps, t = world(schedule)
     method = jump_method(schedule, kind, 2, (0.2,) * 3, target_decay=0.75, relaxation=0.3)
-    to_double(method.target.network, (0.1,) * 3, STDS)
+    to_double(method.target.denoiser.network, (0.1,) * 3, STDS)
     average = jump_method(schedule, kind, 2, (0.1,) * 3)
     r = method.next_time(t)
     now, whole = average.average(batch, x0, eps, t, r)
     u, target = method.average(batch, x0, eps, t, r)
     torch.testing.assert_close(target, 0.7 * now + 0.3 * whole)
     torch.testing.assert_close(u, jump_method(schedule, kind, 2, (0.2,) * 3).average(batch, x0, eps, t, r)[0])
-    method.move_target()
-    mean = method.target.network.mean
+    method.target.follow()
+    mean = method.target.denoiser.network.mean
     torch.testing.assert_close(mean, torch.full_like(mean, 0.75 * 0.1 + 0.25 * 0.2))
 
 
@@ -236,7 +236,7 @@ def test_at_r_equal_to_t_it_is_flow_matching_or_the_teacher_s_velocity(
 def test_a_student_that_is_its_teacher_is_right_only_where_r_is_t() -> None:
     schedule = sd_schedule()
     method = jump_method(schedule, "v", 1)
-    method.target = method.student = method.teacher
+    method.target.denoiser = method.student = method.teacher
     batch, x0, eps, t = world(schedule)
     u, target = method.average(batch, x0, eps, t, t)
     torch.testing.assert_close(u, target, rtol=1e-9, atol=1e-9)

@@ -168,7 +168,7 @@ def test_without_its_second_part_it_is_distillation_of_the_velocity() -> None:
     real = here.velocity(Gaussian(1.0, 0.5).x0(x_t, at), Gaussian(1.0, 0.5).eps(x_t, at))
     torch.testing.assert_close(g, -here.clock.cos().square() * (v - real))
 
-    method.target = method.student = method.teacher
+    method.target.denoiser = method.student = method.teacher
     assert method.tangent(batch, x0, eps, t, w, 0.0)[2].abs().max() == 0
     assert method.tangent(batch, x0, eps, t, w, 1.0)[2].square().mean().sqrt() > 0.05
 
@@ -259,7 +259,7 @@ def test_the_gradient_is_minus_twice_the_normalised_tangent() -> None:
 def test_with_an_average_its_v_and_tangent_are_the_target(schedule: Schedule, kind: Kind) -> None:
     batch, x0, eps, t, w = world(schedule)
     method = gaussian_method(schedule, kind, (0.2,) * 3, (0.9,) * 3, target_decay=0.75)
-    to_double(method.target.network, (0.1,) * 3, (0.8,) * 3)
+    to_double(method.target.denoiser.network, (0.1,) * 3, (0.8,) * 3)
     alone = gaussian_method(schedule, kind, (0.1,) * 3, (0.8,) * 3)
     v, target, g = method.tangent(batch, x0, eps, t, w, 1.0)
     _, expected, tangent = alone.tangent(batch, x0, eps, t, w, 1.0)
@@ -268,8 +268,8 @@ def test_with_an_average_its_v_and_tangent_are_the_target(schedule: Schedule, ki
     torch.testing.assert_close(
         v, gaussian_method(schedule, kind, (0.2,) * 3, (0.9,) * 3).tangent(*world(schedule), 1)[0]
     )
-    method.move_target()
-    mean = method.target.network.mean
+    method.target.follow()
+    mean = method.target.denoiser.network.mean
     torch.testing.assert_close(mean, torch.full_like(mean, 0.75 * 0.1 + 0.25 * 0.2))
 
 
