@@ -12,7 +12,7 @@ from .report import Column, Row
 PLACE = "methods"
 """The tables' place in a document: between ``<!-- methods -->`` and ``<!-- /methods -->``."""
 WORSE = "†"
-"""Marks a student that is worse than its teacher at as many steps."""
+"""Marks a student that is worse than its teacher in the same table."""
 AXES = {"images_seen": "images", "train_seconds": "s of training"}
 """By what the courses of runs are compared."""
 
@@ -32,25 +32,34 @@ COST = (
 
 
 NOTE = """\
-Made for: the steps that the student was trained for; with fewer it is called at some of its times, and a dash means
-that it is sampled as its teacher is. The best of a column is bold, real images and the teacher's most steps aside."""
+Made for: the steps that the student was trained for; with fewer it is called at some of its times. A dash: it is sampled
+as its teacher is, one pass for two, and so stands beside the teacher of as many network evaluations. The best of a
+column is bold, real images and the teacher's most steps aside."""
 
 
 def tables(rows: Sequence[Row], chart: str) -> str:
     """All of it in Markdown: quality by steps, the same budgets, cost. chart: the link to it, or empty."""
     students = [row for row in rows if row["role"] == "student"]
-    parts = [_at(steps, rows) for steps in sorted({row["steps"] for row in students})]
+    alike = {(by, row[by]) for row in students if (by := compared_by(row))}
+    # those of few steps first
+    parts = [_at(*found, rows) for found in sorted(alike, key=lambda found: (found[0] != "steps", found[1]))]
     if any(worse_than_teacher(row, rows) for row in students):
-        parts.append(f"{WORSE} A larger FID than the undistilled teacher's at as many steps.")
+        parts.append(f"{WORSE} A larger FID than the undistilled teacher's in the same table.")
     parts += [NOTE, report.said(rows), _budgets(rows, chart), _cost(rows)]
     return "\n\n".join(part.strip() for part in parts if part)
 
 
+def compared_by(row: Row) -> str:
+    """What a student and its teacher must have alike: "steps", or "network_evaluations" if it is sampled as that is."""
+    return "steps" if row["trained_steps"] or row["network_evaluations"] is None else "network_evaluations"
+
+
 def worse_than_teacher(row: Row, rows: Sequence[Row]) -> bool:
-    """Whether a student's FID is above that of the undistilled teacher at as many steps."""
+    """Whether a student's FID is above that of the undistilled teacher that it is compared with."""
     if row["role"] != "student" or row.get("fid") is None:
         return False
-    teachers = [other for other in rows if other["role"] == "teacher" and other["steps"] == row["steps"]]
+    by = compared_by(row)
+    teachers = [other for other in rows if other["role"] == "teacher" and other[by] == row[by]]
     return any(other.get("fid") is not None and row["fid"] > other["fid"] for other in teachers)
 
 
@@ -79,19 +88,23 @@ def label(row: Row) -> str:
     return str(row["name"]).partition(",")[0]
 
 
-def _at(steps: int, rows: Sequence[Row]) -> str:
-    """Students and teacher at so many steps, the best FID first; real images and the teacher's most steps above."""
+def _at(by: str, count: int, rows: Sequence[Row]) -> str:
+    """Students and teacher alike in this, the best FID first; real images and the teacher's most steps above."""
     teachers = [row for row in rows if row["role"] == "teacher"]
     most = max((row["steps"] for row in teachers), default=None)
-    above = [row for row in rows if row["role"] == "data" or (row in teachers and row["steps"] == most != steps)]
-    students = [row for row in rows if row["role"] == "student" and row["steps"] == steps]
+    beside = [row for row in teachers if row[by] == count]
+    above = [row for row in rows if row["role"] == "data" or (row in teachers and row["steps"] == most)]
+    students = [row for row in rows if row["role"] == "student" and compared_by(row) == by and row[by] == count]
     students = sorted(students, key=lambda row: (row["fid"] is None, row["fid"] or 0.0))
     shown: list[dict[str, Any]] = [
-        *({**row, "role": "data"} for row in above),  # as the others of this role they are not in the running
-        *(dict(row) for row in teachers if row["steps"] == steps),
+        # as the others of this role they are not in the running
+        *({**row, "role": "data"} for row in above if row not in beside),
+        *(dict(row) for row in beside),
         *({**row, "name": label(row) + f" {WORSE}" * worse_than_teacher(row, rows)} for row in students),
     ]
-    return f"### {report.counted(steps)}\n\n{report.markdown_table(shown, QUALITY)}"
+    if by == "steps":
+        return f"### {report.counted(count)}\n\n{report.markdown_table(shown, QUALITY)}"
+    return f"### {count:g} network evaluation{'s' * (count != 1)}\n\n{report.markdown_table(shown)}"
 
 
 def _few_steps(rows: Sequence[Row]) -> list[Row]:

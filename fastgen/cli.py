@@ -501,7 +501,7 @@ def methods(
     """Train every method that is not trained yet, judge all beside their teacher, write the comparison; resumes."""
     from . import registry
     from .evaluation import methods as comparison
-    from .evaluation.methods_report import worse_than_teacher
+    from .evaluation.methods_report import compared_by, worse_than_teacher
     from .evaluation.report import print_table
 
     shipped = shipped_configs()
@@ -511,7 +511,7 @@ def methods(
     print_table(rows)
     for row in rows:
         if worse_than_teacher(row, rows):
-            say(f"{row['name']}: worse than the undistilled teacher at as many steps")
+            say(f"{row['name']}: worse than the undistilled teacher at as many {compared_by(row).replace('_', ' ')}")
     say(f"{out}, {places.document}, {folder / 'report.html'}")
     if failed:
         fail(f"the training of {', '.join(failed)} failed; the same command goes on", 1)
