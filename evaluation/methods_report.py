@@ -32,9 +32,9 @@ COST = (
 
 
 NOTE = """\
-Made for: the steps that the student was trained for; with fewer it is called at some of its times. A dash: it is sampled
-as its teacher is, one pass for two, and so stands beside the teacher of as many network evaluations. The best of a
-column is bold, real images and the teacher's most steps aside."""
+Made for: the steps that the student was trained for; with fewer it is called at some of its times. Students that are
+sampled as their teacher is, with one pass for two, stand beside the teacher of as many network evaluations. The best
+of a column is bold, real images and the teacher's most steps aside."""
 
 
 def tables(rows: Sequence[Row], chart: str) -> str:
@@ -50,7 +50,7 @@ def tables(rows: Sequence[Row], chart: str) -> str:
 
 
 def compared_by(row: Row) -> str:
-    """What a student and its teacher must have alike: "steps", or "network_evaluations" if it is sampled as that is."""
+    """What a student and its teacher must have alike: "steps", or "network_evaluations" if sampled as that is."""
     return "steps" if row["trained_steps"] or row["network_evaluations"] is None else "network_evaluations"
 
 
