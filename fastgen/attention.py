@@ -62,6 +62,9 @@ def _switch(network: nn.Module, name: str) -> None:
     if _dispatches(network):
         switch: Callable[[str], None] = model.set_attention_backend
         switch(_BACKENDS.get(name, name))
+    elif not _plain(network):
+        if name != "sdpa":  # which is what they all do
+            raise ValueError(f"{type(network).__name__} has attention of its own, without {name!r}")
     elif name == "eager":
         model.set_attn_processor(AttnProcessor())
     elif name == "sdpa":
@@ -70,6 +73,14 @@ def _switch(network: nn.Module, name: str) -> None:
         model.enable_xformers_memory_efficient_attention()
     else:
         raise ValueError(f"{type(network).__name__} uses Diffusers' older attention, which has no {name!r}")
+
+
+def _plain(network: nn.Module) -> bool:
+    """Whether its attention is the U-Nets' own, in place of which Diffusers has other kernels."""
+    from diffusers.models import attention_processor as known
+
+    kinds = (known.AttnProcessor, known.AttnProcessor2_0, known.XFormersAttnProcessor)
+    return all(isinstance(p, kinds) for p in getattr(network, "attn_processors", {}).values())
 
 
 def _dispatches(network: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,16 @@ Cond = Mapping[str, Tensor]
 
 Call = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
 """(network, x_t: [B, ...], t: [B], cond) -> y: [B, ...]: all that a model family must write."""
+
+
+Read = Callable[[Any, Tensor], Tensor]
+"""(a block's output, x_t: [B, ...]) -> its features as a map: [B, C, H, W]."""
+
+
+def first(output: Any, x_t: Tensor) -> Tensor:
+    """The output of a block that gives a map, or a tuple with one in front."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
 
 
 class Denoise(Protocol):
@@ -34,6 +44,7 @@ class Denoiser:
 
     ``autocast`` names the dtype its matrix products run in (None: the weights' own). Each call enters autocast anew:
     one context round a whole loss would cache casts made under no_grad and so drop gradients of later calls.
+    ``read`` makes a feature map of what a block of the network gives.
     """
 
     network: nn.Module
@@ -41,6 +52,7 @@ class Denoiser:
     kind: Kind
     call: Call
     autocast: torch.dtype | None = None
+    read: Read = first
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
         """x_t: [B, ...]; t: [B] on the schedule's clock -> Prediction in float32 (float64 if x_t is)."""

@@ -31,10 +31,10 @@ def features(denoiser: Denoiser, blocks: Sequence[str], x_t: Tensor, t: Tensor, 
 
     def hook(name: str) -> Callable[[nn.Module, object, object], None]:
         def keep(module: nn.Module, inputs: object, output: object) -> None:
-            first = output[0] if isinstance(output, tuple) else output
-            if not isinstance(first, Tensor):
-                raise ValueError(f"block {name!r} gives {type(first).__name__}, not a tensor; choose another block")
-            found[name] = first.float()
+            read = denoiser.read(output, x_t)
+            if not isinstance(read, Tensor):
+                raise ValueError(f"block {name!r} gives {type(read).__name__}, not a tensor; choose another block")
+            found[name] = read.float()
             if len(found) == len(set(blocks)):
                 raise _Enough
 
@@ -59,7 +59,7 @@ class Heads(nn.Module):
     """
 
     def __init__(self, channels: Sequence[int], sizes: Sequence[int]) -> None:
-        """channels, sizes: of each feature map; a map is ``size`` by ``size``."""
+        """channels, sizes: of each feature map, whose shorter side is ``size`` or larger."""
         super().__init__()
         self.heads = nn.ModuleList(_head(c, s) for c, s in zip(channels, sizes, strict=True))
 

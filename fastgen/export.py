@@ -14,13 +14,13 @@ import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .checkpoint import atomic_folder
-from .denoiser import Denoiser
 from .family import Family
 from .guidance import with_guidance
 from .lora import fused
@@ -112,36 +112,56 @@ def _difference(
     device = next(network.parameters()).device
     pipeline = from_pretrained(folder, dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(seed_of("gate", *prompts))
-    x_t = torch.randn(len(prompts), *family.latent_shape, generator=generator)
-    noise = [torch.Generator().manual_seed(seed_of("gate", "noise")) for _ in range(2)]
-    steps = num_steps or 4
-    call: dict[str, Any] = {"latents": x_t.to(device), "num_inference_steps": steps, "output_type": "latent"}
-    if guidance_scale is not None:
-        call["guidance_scale"] = guidance_scale
-    found = pipeline(prompts, generator=noise[0], **call).images
-    if num_steps is None:
-        wanted = _teacher_call(family, network, prompts, call)
-    else:
-        denoiser = Denoiser(network, family.denoiser.schedule, family.denoiser.kind, family.denoiser.call)
-        cond = family.encode_prompts(prompts)
-        with torch.no_grad():
-            wanted = sample_student(
-                denoiser,
-                denoiser.schedule,
-                x_t.to(device),
-                family.student_times(num_steps),
-                cond if guidance_scale is None else with_guidance(cond, guidance_scale),
-                sampler,
-                lambda: torch.randn(x_t.shape, generator=noise[1]).to(device),
-            )
+    scale = family.unguided if guidance_scale is None and num_steps is not None else guidance_scale
+    with _same_noise(prompts) as generator:
+        found = family.run(pipeline, prompts, num_steps or 4, generator, scale)
+    with _same_noise(prompts) as generator:
+        if num_steps is None:  # what the teacher's pipeline in memory gives, by the same stock call
+            wanted = family.run(family.pipeline(fused(network), None), prompts, 4, generator, scale)
+        else:
+            wanted = drawn(family, network, prompts, num_steps, sampler, guidance_scale, generator)
     return float((found.float() - wanted.float()).abs().max() / wanted.abs().max().clamp(min=1e-3))
 
 
-def _teacher_call(family: Family, network: nn.Module, prompts: list[str], call: dict[str, Any]) -> torch.Tensor:
-    """What the teacher's pipeline in memory gives, by the same stock call."""
-    images: torch.Tensor = family.pipeline(fused(network), None)(prompts, **call).images
-    return images
+@contextmanager
+def _same_noise(prompts: Sequence[str]) -> Iterator[torch.Generator]:
+    """Within it all noise is the same each time, a call's own generator and torch's, whose state is kept."""
+    seed = seed_of("gate", *prompts)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield torch.Generator().manual_seed(seed)
+
+
+@torch.no_grad()
+def drawn(
+    family: Family,
+    network: nn.Module,
+    prompts: Sequence[str],
+    num_steps: int,
+    sampler: Sampler,
+    guidance_scale: float | None,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """What a student gives by the trainer's own sampler, on the noise that its stock call draws: [B, ...]."""
+    denoiser, device = family.denoiser.with_network(network), next(network.parameters()).device
+    denoiser = replace(denoiser, autocast=None)
+    x_t = torch.randn(len(prompts), *family.latent_shape, generator=generator).to(device)
+
+    def fresh() -> torch.Tensor:
+        if family.step_noise == "global":
+            return torch.randn_like(x_t)
+        return torch.randn(x_t.shape, generator=generator).to(device)
+
+    cond = family.encode_prompts(prompts)
+    return sample_student(
+        denoiser,
+        denoiser.schedule,
+        x_t,
+        family.student_times(num_steps),
+        cond if guidance_scale is None else with_guidance(cond, guidance_scale),
+        sampler,
+        fresh,
+    )
 
 
 def _halve(folder: Path, dtype: torch.dtype) -> None:
@@ -157,6 +177,7 @@ def _halve(folder: Path, dtype: torch.dtype) -> None:
 
 
 def export_adapter(
+    family: Family,
     pipeline: Path,
     weights: Sequence[dict[str, torch.Tensor]],
     component: str,
@@ -189,12 +210,13 @@ def export_adapter(
             difference = 0.0
         else:
             adapters = [partial / name for name in files]
-            difference = _on_base(made, base, adapters, starts, component, num_steps, prompts, dtype)
+            difference = _on_base(family, made, base, adapters, starts, component, num_steps, prompts, dtype)
         (partial / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     return difference
 
 
 def _on_base(
+    family: Family,
     made: Any,
     base: str,
     files: Sequence[Path],
@@ -235,14 +257,14 @@ def _on_base(
             pipeline.set_adapters(names[sum(coming[0] <= start for start in starts[1:])])
         return tensors
 
-    images = []
-    for called, after in ((made, None), (stock, switch)):
+    latents: list[torch.Tensor] = []
+    for called, more in ((made, {}), (stock, {"callback_on_step_end": switch} if starts else {})):
         called.set_progress_bar_config(disable=True)
-        call: dict[str, Any] = {"num_inference_steps": num_steps or 4, "guidance_scale": 1.0}
-        call |= {"output_type": "latent", "callback_on_step_end": after}
-        generator = torch.Generator().manual_seed(seed_of("gate", *prompts))
-        images.append(called(prompts, generator=generator, **call).images.float())
-    difference = float((images[0] - images[1]).abs().max() / images[0].abs().max().clamp(min=1e-3))
+        with _same_noise(prompts) as generator:
+            latents.append(
+                family.run(called, prompts, num_steps or 4, generator, family.unguided or 1.0, **more).float()
+            )
+    difference = float((latents[0] - latents[1]).abs().max() / latents[0].abs().max().clamp(min=1e-3))
     allowed = TOLERANCE if dtype == torch.float32 else HALF_TOLERANCE
     if not difference <= allowed:
         raise ExportError(
@@ -261,10 +283,11 @@ def _adapter_keys(network: nn.Module, adapter: str) -> set[str]:
     }
 
 
-def check_pipeline(path: str | Path, wanted: str | None = None) -> None:
+def check_pipeline(path: str | Path, *wanted: str) -> None:
     """Raise ValueError, saying what is missing or damaged, unless ``path`` is a whole Diffusers pipeline.
 
-    wanted: class that it must be of. What can only be a Hub id is left to Diffusers. No weight is loaded.
+    wanted: classes, of one of which it must be; none: any. What can only be a Hub id is left to Diffusers. No weight
+    is loaded.
     """
     folder = Path(path)
     may_be_hub_id = str(path).count("/") < 2 and not folder.is_absolute() and not str(path).startswith(".")
@@ -282,13 +305,14 @@ def check_pipeline(path: str | Path, wanted: str | None = None) -> None:
     if not isinstance(parts, dict):
         raise ValueError(f"{index}: not the index of a pipeline; save the pipeline again")
     found = parts.get("_class_name")
-    if wanted is not None and found != wanted:
-        raise ValueError(f"{folder}: is a {found}, this family takes a {wanted}; change model.family or model.path")
+    if wanted and found not in wanted:
+        classes = " or a ".join(wanted)
+        raise ValueError(f"{folder}: is a {found}, this family takes a {classes}; change model.family or model.path")
     for name, value in parts.items():
         is_component = isinstance(value, list) and len(value) == 2 and value[0] is not None
         if is_component and not (folder / name).is_dir():
             raise ValueError(f"{folder}: the pipeline lacks its component {name!r}; save or download it again")
-        if is_component and wanted is not None and (folder / name / f"{value[0]}.py").is_file():
+        if is_component and wanted and (folder / name / f"{value[0]}.py").is_file():
             raise ValueError(
                 f"{folder}: its {name} is a {value[1]}, which brings its own code; this family takes Diffusers' own: "
                 "name another pipeline"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from .denoiser import Cond, Denoiser
@@ -14,7 +15,7 @@ from .sampling import Sampler
 
 @dataclass(frozen=True)
 class Block:
-    """A block of the network whose output a discriminator may read: its module name, channels and side."""
+    """A block of the network whose output a discriminator may read: its module name, channels and shorter side."""
 
     name: str
     channels: int
@@ -24,8 +25,29 @@ class Block:
 class MakePipeline(Protocol):
     """How a family puts a network in the teacher's place."""
 
-    def __call__(self, network: nn.Module, num_steps: int | None, sampler: Sampler = "renoise") -> Any:
+    def __call__(self, network: nn.Module, num_steps: int | None, sampler: Sampler = "renoise", /) -> Any:
         """The stock pipeline, ready to save."""
+        ...
+
+
+class Run(Protocol):
+    """How a family calls a stock pipeline of its class."""
+
+    def __call__(
+        self,
+        pipeline: Any,
+        prompts: Sequence[str],
+        num_steps: int,
+        generator: torch.Generator,
+        guidance_scale: float | None = None,
+        **more: Any,
+    ) -> Tensor:
+        """The latents that the call ends with, as the denoiser sees them: [B, ...].
+
+        The first that it draws from the generator is the noise it begins with, [B, *latent_shape]. guidance_scale:
+        None leaves the call its own default. more: further arguments of the call, such as a callback; with another
+        output_type it gives what that says.
+        """
         ...
 
 
@@ -59,6 +81,10 @@ class Family:
         pipeline: (network, num_steps, sampler) -> the stock pipeline with this network in the teacher's place, ready
             to save; num_steps and sampler are a student's, None keeps the teacher's scheduler.
         image_size: (height, width) in pixels.
+        run: calls a stock pipeline of this class, the teacher's or a student's.
+        step_noise: where a student's stochastic scheduler draws from in that call: the call's generator, or torch's
+            global one, since the pipeline hands no generator on.
+        unguided: guidance_scale at which the stock call does not guide a student; None: at any.
         stock_guidance: guidance_scale of a stock call that names none; None: the pipeline cannot give it to a network.
         fix_guidance: (scale) lets the teacher's network, which takes the guidance scale as an input, always do what it
             does at this one; None: it takes none.
@@ -76,6 +102,9 @@ class Family:
     blocks: Sequence[Block]
     pipeline: MakePipeline
     image_size: tuple[int, int]
+    run: Run
+    step_noise: Literal["generator", "global"] = "generator"
+    unguided: float | None = 1.0
     stock_guidance: float | None = None
     fix_guidance: Callable[[float], None] | None = None
     component: str = ""

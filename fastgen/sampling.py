@@ -90,10 +90,11 @@ def sample_student(
 def ddim_times(schedule: Schedule, num_steps: int, start: float = 1.0) -> list[float]:
     """The "trailing" grid of Diffusers' DDIM on the schedule's clock, the last time first: num_steps floats.
 
-    On a table of T entries these are T - 1, T - 1 - T/n, ... (Lin et al. 2023, arXiv 2305.08891). start: the share of
-    the times that is used, from the cleanest on.
+    On a table of T entries these are T - 1, T - 1 - T/n, ... (Lin et al. 2023, arXiv 2305.08891), on rectified flow
+    even steps, shifted as its times are drawn. start: the share of the times that is used, from the cleanest on.
     """
     span = schedule.t_max - schedule.t_min
     if span <= 1:
-        return [schedule.t_min + start * span - i * start * span / num_steps for i in range(num_steps)]
+        shares = [start - i * start / num_steps for i in range(num_steps)]
+        return [float(t) for t in schedule.draw(torch.tensor(shares, dtype=torch.float64))]
     return [schedule.t_min + round((span + 1) * start * (1 - i / num_steps)) - 1.0 for i in range(num_steps)]

@@ -102,7 +102,7 @@ def load_teacher(model: Model, precision: str, device: torch.device, start: floa
     """The family of ``model.path`` and its module. start: of its students. Raises ValueError on anything unusable."""
     autocast = None if precision == "fp32" else DTYPES[precision]
     path, module = recipes.locate(model.path), registry.find("family", model.family)
-    export.check_pipeline(path, vars(module).get("PIPELINE"))
+    export.check_pipeline(path, *module.PIPELINES)
     with export.opening(path):
         family: Family = module.load(path, device, autocast, start)
     if family.fix_guidance is not None:
@@ -206,7 +206,7 @@ def build(recipe: Recipe, device: torch.device | None = None) -> Session:
 def started_from(family: Family, module: ModuleType, path: str, device: torch.device) -> Family:
     """The family whose students start from the network of another pipeline. Raises ValueError if it does not fit."""
     place = recipes.locate(path)
-    export.check_pipeline(place, vars(module).get("PIPELINE"))
+    export.check_pipeline(place, *module.PIPELINES)
     with export.opening(place):
         weights = module.load(place, device).denoiser.network.state_dict()
 
@@ -382,7 +382,7 @@ def export_run(session: Session, folder: Path) -> None:
     if method.num_steps is not None:
         card |= {
             "num_inference_steps": method.num_steps,
-            "guidance_scale": 1.0,
+            "guidance_scale": 1.0 if session.family.unguided is None else session.family.unguided,
             "times": session.family.student_times(method.num_steps),
         }
     scale = student_guidance(method)
@@ -424,6 +424,7 @@ def export_adapter(session: Session, pipeline: Path, card: dict[str, Any]) -> No
     else:
         card |= {"use": "fastgen.lora.loaded: stock pipelines of base_model have no place for its guidance scale"}
     difference = export.export_adapter(
+        session.family,
         pipeline,
         [lora.weights(adapter, component) for adapter in adapters],
         component,

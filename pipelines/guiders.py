@@ -40,7 +40,7 @@ from fastgen.prediction import Kind, Prediction
 from fastgen.schedule import TabulatedVP
 
 from .nasa import NasaProcessor, plain
-from .sd import _KINDS
+from .vp import KINDS as _KINDS
 
 Make = Callable[[Denoise, Cond, float], Denoise]
 """(denoiser, uncond, guidance_scale of the call) -> the guider of one trajectory."""

@@ -234,6 +234,10 @@ class Pipeline:
         save_file(tensors, Path(folder) / "toy.safetensors")
 
 
+def not_called(*args: object, **named: object) -> Tensor:
+    raise AssertionError("a toy has no stock pipeline to call")
+
+
 def toy_family(
     teacher: Denoiser,
     shape: Sequence[int],
@@ -254,6 +258,7 @@ def toy_family(
         blocks=blocks,
         pipeline=Pipeline,
         image_size=size,
+        run=not_called,
         stock_guidance=7.5,
     )
 

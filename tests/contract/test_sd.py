@@ -28,7 +28,7 @@ from fastgen.denoiser import Denoiser, guided
 from fastgen.discriminator import Heads, features
 from fastgen.export import ExportError, export
 from fastgen.family import Family
-from fastgen.pipelines import sd
+from fastgen.pipelines import sd, unet
 from fastgen.sampling import Sampler, ddim, ddim_times, renoise, sample, sample_student
 from tests import tiny
 
@@ -279,7 +279,7 @@ def test_a_student_of_a_teacher_read_from_disk_is_made_too(tmp_path: Path) -> No
     del config["time_cond_proj_dim"]
     path.write_text(json.dumps(config))
     family = sd.load(tmp_path)
-    assert family.student().config.time_cond_proj_dim == sd.GUIDANCE_EMBEDDING
+    assert family.student().config.time_cond_proj_dim == unet.GUIDANCE_EMBEDDING
 
 
 def test_a_student_of_a_guidance_embedded_teacher_ignores_guidance_too() -> None:

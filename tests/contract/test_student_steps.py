@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 
 from fastgen.evaluation import judge
 from fastgen.evaluation.config import EvalConfig
-from fastgen.pipelines import sd
+from fastgen.pipelines import sd, vp
 from fastgen.sampling import Sampler, sample_student
 from tests import tiny
 
@@ -31,14 +31,14 @@ def test_fewer_steps_use_some_of_the_trained_times_from_the_first_on(
     made_for: int, called: int, sampler: Sampler
 ) -> None:
     trained = sd.wrap(tiny.pipeline()).student_times(made_for)
-    found = times_of(sd.student_scheduler(tiny.scheduler(), made_for, sampler), called)
+    found = times_of(vp.student_scheduler(tiny.scheduler(), made_for, sampler), called)
     assert found == [trained[made_for * i // called] for i in range(called)]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_two_of_four_steps_are_those_of_a_student_made_for_two(sampler: Sampler) -> None:
-    assert times_of(sd.student_scheduler(tiny.scheduler(), 4, sampler), 2) == [999, 499]
-    assert times_of(sd.student_scheduler(tiny.scheduler(), 4, sampler), 3) == [999, 749, 499]
+    assert times_of(vp.student_scheduler(tiny.scheduler(), 4, sampler), 2) == [999, 499]
+    assert times_of(vp.student_scheduler(tiny.scheduler(), 4, sampler), 3) == [999, 749, 499]
 
 
 @pytest.fixture(scope="module", params=SAMPLERS)

@@ -289,10 +289,10 @@ BROKEN = [
 
 @pytest.mark.parametrize(("harm", "message"), BROKEN)
 def test_what_is_wrong_with_a_pipeline_is_said(teacher: Path, harm: Any, message: str) -> None:
-    check_pipeline(teacher, sd.PIPELINE)
+    check_pipeline(teacher, *sd.PIPELINES)
     harm(teacher)
     with pytest.raises(ValueError, match=message) as error:
-        check_pipeline(teacher, sd.PIPELINE)
+        check_pipeline(teacher, *sd.PIPELINES)
     assert "\n" not in str(error.value)
 
 

@@ -19,7 +19,7 @@ from fastgen.engine import Engine, Optim
 from fastgen.export import ExportError, export, read_card
 from fastgen.family import Family
 from fastgen.guidance import Scales, student_guidance, with_guidance
-from fastgen.pipelines import sd
+from fastgen.pipelines import sd, unet
 from fastgen.rng import Noise
 from fastgen.sampling import Sampler, ddim, ddim_times, sample, sample_student
 from fastgen.trainers import dmd2
@@ -136,7 +136,7 @@ def test_a_method_says_whether_its_students_take_a_scale() -> None:
 @pytest.mark.parametrize("width", [32, 33, 256])
 def test_the_embedding_is_the_stock_pipelines_to_the_bit(width: int) -> None:
     scales = [1.0, 1.7, 3.0, 7.5, 15.0]
-    found = sd.guidance_embedding(torch.tensor(scales, dtype=torch.float64), width)
+    found = unet.guidance_embedding(torch.tensor(scales, dtype=torch.float64), width)
     for row, scale in zip(found, scales, strict=True):
         stock = StableDiffusionPipeline.get_guidance_scale_embedding(None, torch.tensor(scale - 1).repeat(1), width)
         assert torch.equal(row[None], stock)

@@ -379,7 +379,7 @@ def exported(
 ) -> float:
     pipeline = Path(session.recipe.run.out) / "pipeline"
     call = {"num_steps": 1, "prompts": tiny.PROMPTS[:2], "card": {}} | options
-    return export.export_adapter(pipeline, [weights], "unet", str(world / "teacher"), folder, **call)
+    return export.export_adapter(session.family, pipeline, [weights], "unet", str(world / "teacher"), folder, **call)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,0 +1,94 @@
+"""The conditional U-Net of Stable Diffusion and SDXL as a student: copies, guidance as an input, experts, blocks.
+
+A student has a guidance embedding (``time_cond_proj_dim``), which makes the stock pipelines skip classifier-free
+guidance whatever ``guidance_scale`` says. The embedding is zero, so that the scale does nothing, or learnt, so that it
+does what guidance by it would.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from fastgen.denoiser import Cond
+from fastgen.experts import Experts
+from fastgen.family import Block
+
+from .experts import UNetExperts
+
+GUIDANCE_EMBEDDING = 32
+"""Width of the guidance embedding. Where its projection is zero it only tells the pipeline to skip guidance."""
+
+
+def embedded(network: nn.Module, cond: Cond) -> Tensor | None:
+    """The guidance scale of ``cond`` as the U-Net takes it: [B, width]; None if there is none."""
+    config: Any = network.config
+    return guidance_embedding(cond["guidance"], config.time_cond_proj_dim) if "guidance" in cond else None
+
+
+def guidance_embedding(scale: Tensor, width: int) -> Tensor:
+    """What the stock pipelines make of guidance_scale: [B] -> [B, width]: sinusoids of 1000 (scale - 1)."""
+    half = width // 2
+    # in float32 step by step as they do, since a phase of thousands shows the last bit
+    rates = torch.exp(torch.arange(half, dtype=torch.float32) * -(torch.tensor(10000.0).log() / (half - 1)))
+    phase = (1000 * (scale.double() - 1).float())[:, None] * rates.to(scale.device)
+    return nn.functional.pad(torch.cat([phase.sin(), phase.cos()], 1), (0, width % 2))
+
+
+def one_unet(network: nn.Module) -> nn.Module:
+    """What a pipeline has as its U-Net: experts in one component, where there is more than one."""
+    if not isinstance(network, Experts):
+        return network
+    return UNetExperts.of(list(network), network.starts) if len(network) > 1 else network[0]
+
+
+def takes_guidance(unet: UNet2DConditionModel) -> bool:
+    """Whether what it gives depends on the guidance scale: students have the input, too, but with weights of 0."""
+    return unet.config.time_cond_proj_dim is not None and bool(unet.time_embedding.cond_proj.weight.any())
+
+
+@torch.no_grad()
+def fix_guidance(unet: UNet2DConditionModel, scale: float) -> None:
+    """Let a U-Net that takes the guidance scale as an input always do what it does at this one.
+
+    The input's projection is added to what the first layer of the time embedding reads, so at one scale it is a
+    constant that goes into that layer's bias.
+    """
+    embedding = unet.time_embedding
+    given = guidance_embedding(torch.tensor([scale], device=unet.device), unet.config.time_cond_proj_dim)
+    embedding.linear_1.bias += nn.functional.linear(embedding.cond_proj(given), embedding.linear_1.weight)[0]
+    nn.init.zeros_(embedding.cond_proj.weight)
+
+
+def student(unet: UNet2DConditionModel, embed_guidance: bool = False) -> UNet2DConditionModel:
+    """A trainable copy whose guidance embedding is zero, frozen or to be learnt, even where the teacher's is not."""
+    if unet.config.time_cond_proj_dim is not None:
+        result = copy.deepcopy(unet)
+    else:
+        # an override: what the teacher's config left at its default, from_config would take for unset
+        made = UNet2DConditionModel.from_config(unet.config, time_cond_proj_dim=GUIDANCE_EMBEDDING)
+        result = made.to(unet.device, unet.dtype)
+        missing, unexpected = result.load_state_dict(unet.state_dict(), strict=False)
+        if missing != ["time_embedding.cond_proj.weight"] or unexpected:
+            raise ValueError(
+                f"the student's U-Net does not match the teacher's: missing {missing}, extra {unexpected}"
+            )
+    result.requires_grad_(True)
+    projection = result.time_embedding.cond_proj
+    nn.init.zeros_(projection.weight)
+    projection.requires_grad_(embed_guidance)
+    return result
+
+
+def blocks(unet: UNet2DConditionModel, size: int) -> list[Block]:
+    """The down blocks and the middle: DMD2's discriminator reads the encoder."""
+    found = []
+    channels = unet.config.block_out_channels
+    for i, c in enumerate(channels):
+        size = size if i == len(channels) - 1 else (size + 1) // 2
+        found.append(Block(f"down_blocks.{i}", c, size))
+    return [*found, Block("mid_block", channels[-1], size)]

@@ -1,0 +1,358 @@
+"""What every family must show, on small pipelines of its real classes: teacher, training, round trip, shapes.
+
+A family is tested by having ``tests/families/<family>.py`` with a ``CASE``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastgen import export, lora, recipe, registry, train
+from fastgen.denoiser import guided
+from fastgen.discriminator import Heads, features
+from fastgen.export import drawn
+from fastgen.family import Family
+from fastgen.lora import Lora
+from fastgen.sampling import Sampler, ddim, sample
+from tests import tiny
+
+from .parts import Case
+
+FAMILIES = registry.names("family")
+TOLERANCE = 1e-4
+METHODS: dict[str, dict[str, Any]] = {
+    "dmd2": {"adversarial": {"weight": 0.1}},
+    "lcm": {"guidance": {"embed": False}},
+    "scm": {"derivative": "finite_differences", "adversarial": {"weight": 0.1}},
+    "sid": {},
+    "adversarial": {},
+    "guidance": {"guidance": {"embed": False}},
+}
+
+
+@functools.cache
+def case(name: str) -> Case:
+    found: Case = importlib.import_module(f"tests.families.{name}").CASE
+    return found
+
+
+def opened(name: str, image_size: tuple[int, int] | None = None, seed: int = 0) -> tuple[Any, Family]:
+    """A fresh pipeline and the family of it."""
+    pipeline = case(name).pipeline(seed)
+    pipeline.set_progress_bar_config(disable=True)
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.eval()
+    return pipeline, registry.find("family", name).wrap(pipeline, image_size=image_size)
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    assert ours.shape == theirs.shape
+    assert torch.isfinite(theirs).all()
+    assert (ours - theirs).abs().max() <= TOLERANCE * max(1.0, theirs.abs().max().item())
+
+
+def called_at(scheduler: Any) -> list[float]:
+    """The times on our clock at which a pipeline has just called its network."""
+    flow = hasattr(scheduler, "sigmas") and not hasattr(scheduler, "alphas_cumprod")
+    return [float(t) for t in (scheduler.sigmas[:-1] if flow else scheduler.timesteps)]
+
+
+def test_every_family_has_its_case() -> None:
+    assert {path.stem for path in Path(__file__).parent.glob("*.py")} - {"parts", "test_families"} == set(FAMILIES)
+
+
+# The teacher
+
+
+@pytest.mark.parametrize("guide", [False, True], ids=["unguided", "guided"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_teacher_s_sampler_equals_the_stock_call(name: str, guide: bool) -> None:
+    """Conditions, packing, timesteps, guidance: all of it must be right for this."""
+    same_call(name, None, guide)
+
+
+@pytest.mark.parametrize(("name", "size"), [(name, size) for name in FAMILIES for size in case(name).image_sizes])
+def test_the_teacher_is_the_same_at_other_sizes(name: str, size: tuple[int, int]) -> None:
+    same_call(name, size, True)
+
+
+def same_call(name: str, size: tuple[int, int] | None, guide: bool) -> None:
+    pipeline, family = opened(name, size)
+    if size:
+        assert family.image_size == size
+    prompts, scale = list(case(name).prompts), case(name).guidance_scale if guide else (family.unguided or 1.0)
+    theirs = family.run(pipeline, prompts, 4, torch.Generator().manual_seed(5), scale)
+    x_t = torch.randn(len(prompts), *family.latent_shape, generator=torch.Generator().manual_seed(5))
+    denoise = guided(family.denoiser, family.uncond(), scale if guide else 1.0)
+    with torch.no_grad():
+        times = called_at(pipeline.scheduler)
+        ours = sample(denoise, family.denoiser.schedule, x_t, times, family.encode_prompts(prompts), ddim)
+    close(ours, theirs)
+    assert guide == bool((ours - sampled_without(family, x_t, times, prompts)).abs().max() > 1e-3)
+
+
+@torch.no_grad()
+def sampled_without(family: Family, x_t: Tensor, times: list[float], prompts: list[str]) -> Tensor:
+    cond = family.encode_prompts(prompts)
+    return sample(family.denoiser, family.denoiser.schedule, x_t, times, cond, ddim)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_latents_decode_to_what_the_stock_call_shows(name: str) -> None:
+    pipeline, family = opened(name)
+    prompts = list(case(name).prompts)
+    latents = family.run(pipeline, prompts, 2, torch.Generator().manual_seed(5))
+    shown = family.run(pipeline, prompts, 2, torch.Generator().manual_seed(5), output_type="pt")
+    with torch.no_grad():
+        ours = (family.decode(latents) / 2 + 0.5).clamp(0, 1)
+    close(ours, shown.reshape(ours.shape))
+    assert ours.shape[-2:] == family.image_size
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_images_encode_to_latents_that_decode_alike(name: str) -> None:
+    """The two scalings are each other's inverse: encoding what was decoded changes no statistic by their factor."""
+    _, family = opened(name)
+    pixels = torch.rand(2, 3, *family.image_size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = family.encode(pixels)
+    assert latents.shape == (2, *family.latent_shape)
+    assert not latents.requires_grad
+    shifted = latents.clone().requires_grad_(True)
+    family.decode(shifted).sum().backward()
+    assert shifted.grad is not None
+    assert shifted.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_conditions_do_not_depend_on_the_batch(name: str) -> None:
+    """A batch of one, several prompts at once, and one of another length give each prompt the same output."""
+    _, family = opened(name)
+    prompts = [*case(name).prompts, case(name).prompts[0]]
+    x_t = torch.randn(3, *family.latent_shape, generator=torch.Generator().manual_seed(1))
+    t = family.denoiser.schedule.draw(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
+    with torch.no_grad():
+        together = family.denoiser(x_t, t, family.encode_prompts(prompts)).y
+        alone = [
+            family.denoiser(x_t[i : i + 1], t[i : i + 1], family.encode_prompts(prompts[i : i + 1])).y
+            for i in range(3)
+        ]
+    close(torch.cat(alone), together)
+
+
+# The discriminator's features
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_blocks_give_maps_that_heads_can_read(name: str) -> None:
+    for size in [None, *case(name).image_sizes[:1]]:
+        _, family = opened(name, size)
+        x_t = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(1))
+        t = family.denoiser.schedule.draw(torch.tensor([0.2, 0.8], dtype=torch.float64))
+        cond = family.encode_prompts(list(case(name).prompts))
+        maps = features(family.denoiser, [block.name for block in family.blocks], x_t, t, cond)
+        for block, read in zip(family.blocks, maps, strict=True):
+            assert read.shape[:2] == (2, block.channels)
+            assert min(read.shape[2:]) == block.size
+        heads = Heads([b.channels for b in family.blocks], [b.size for b in family.blocks])
+        assert heads(maps).shape[0] == 2
+        assert maps[0][0].std() > 0
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for all saved pipelines, with prompts and images to train on."""
+    folder = tmp_path_factory.mktemp("families")
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for name in FAMILIES:
+        pipeline, family = opened(name)
+        pipeline.save_pretrained(folder / name)
+        (folder / f"{name}-images").mkdir()
+        for i in range(len(case(name).prompts)):
+            pixels = generator.integers(0, 255, (*family.image_size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{name}-images" / f"{i}.png")
+        lines = [json.dumps({"file": f"{i}.png", "caption": p}) for i, p in enumerate(case(name).prompts)]
+        (folder / f"{name}-images" / "captions.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("form", ["whole", "lora"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_two_steps_of_training_move_the_student_alone(name: str, method: str, form: str, folders: Path) -> None:
+    session = train.build(made_for(name, method, form, folders))
+    before = {role: copied(network) for role, network in session.method.networks.items()}
+    logs = [logs for _, logs in session.engine.run(range(2))]
+    assert all(np.isfinite(value) for row in logs for value in row.values())
+    trained = {role for phase in session.method.phases for role in (*phase.trains, *phase.moves)}
+    for role, network in session.method.networks.items():
+        learns = session.engine.parameters.get(role, {})
+        now = copied(network)
+        for key, value in now.items():
+            moved = not torch.equal(value, before[role][key])
+            assert not moved or role in trained, f"{role}.{key} moved"
+            assert not moved or key in learns or role not in session.engine.parameters, f"{role}.{key} moved"
+        if role in learns or role in session.engine.parameters:
+            assert any(not torch.equal(now[key], before[role][key]) for key in learns), f"{role} stood still"
+
+
+def copied(network: nn.Module) -> dict[str, Tensor]:
+    return {key: value.detach().clone() for key, value in network.named_parameters()}
+
+
+def made_for(name: str, method: str, form: str, folders: Path) -> recipe.Recipe:
+    step = {"lr": 1e-3, "warmup": 0}
+    roles = {"dmd2": ["fake_score", "discriminator"], "sid": ["fake_score"]}.get(method, [])
+    roles = {"scm": ["discriminator"], "adversarial": ["discriminator"]}.get(method, roles)
+    return recipe.decode(
+        {
+            "model": {"family": name, "path": str(folders / name)},
+            "method": {"name": method, **METHODS[method]},
+            "student": {"steps": 1, **({"lora": {"rank": 2}} if form == "lora" else {})},
+            "data": {"source": "images", "path": str(folders / f"{name}-images")},
+            "optim": {role: step for role in ["student", *roles]},
+            "run": {"out": str(folders / "run"), "steps": 2, "batch_size": 2},
+        },
+        name,
+    )
+
+
+# Round trip
+
+STUDENTS: list[tuple[int, Sampler]] = [(1, "renoise"), (2, "renoise"), (4, "renoise"), (2, "ddim"), (4, "ddim")]
+CALL = """
+import json, sys
+import diffusers, numpy as np, torch
+from diffusers import DiffusionPipeline
+torch.set_grad_enabled(False)
+for job in json.load(open(sys.argv[1])):
+    pipeline = DiffusionPipeline.from_pretrained(job["folder"], torch_dtype=torch.float32)
+    if job["lora"]:
+        pipeline.load_lora_weights(job["lora"])
+        name = json.load(open(job["lora"] + "/scheduler/scheduler_config.json"))["_class_name"]
+        pipeline.scheduler = getattr(diffusers, name).from_pretrained(job["lora"] + "/scheduler")
+        if job["fuse"]:
+            pipeline.fuse_lora()
+    pipeline.set_progress_bar_config(disable=True)
+    torch.manual_seed(7)
+    made = pipeline(**job["call"], generator=torch.Generator().manual_seed(7))[0]
+    np.save(job["out"], np.asarray(made))
+assert "fastgen" not in sys.modules
+"""
+
+
+class Recorder:
+    """In a pipeline's place, it keeps the arguments of its call."""
+
+    def __init__(self) -> None:
+        self.call: dict[str, Any] = {}
+
+    def __call__(self, **call: Any) -> tuple[None]:
+        self.call = {name: value for name, value in call.items() if name != "generator"}
+        return (None,)
+
+
+def images(family: Family, network: nn.Module, num_steps: int, sampler: Sampler, prompts: list[str]) -> Tensor:
+    """By our sampler, on the noise of the fresh process: [B, ..., 3] in [0, 1]."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(7)
+        x0 = drawn(family, network, prompts, num_steps, sampler, None, torch.Generator().manual_seed(7))
+        return (family.decode(x0) / 2 + 0.5).clamp(0, 1).movedim(1, -1)
+
+
+Job = tuple[str, int, Sampler, str]
+"""Family, steps, sampler, form."""
+
+
+@pytest.fixture(scope="module")
+def trips(folders: Path) -> dict[Job, tuple[Tensor, Tensor, Path]]:
+    """Of all students: our images, and those of a process that has never heard of fastgen; the exported folder."""
+    jobs, ours = [], {}
+    for name in FAMILIES:
+        prompts = list(case(name).prompts)
+        for num_steps, sampler in STUDENTS:
+            for form in ["whole", "lora", "fused"] if (num_steps, sampler) == (2, "renoise") else ["whole"]:
+                _, family = opened(name)
+                if form != "whole" and not family.component:
+                    continue
+                adapted = family if form == "whole" else lora.adapted(family, Lora(rank=2))
+                network = tiny.perturbed(adapted.student())
+                folder = folders / f"{name}-{num_steps}-{sampler}-{form}"
+                kind: dict[str, Any] = {"prompts": prompts, "card": {}}
+                export.export(adapted, network, num_steps, folder, sampler=sampler, **kind)
+                adapter = ""
+                if isinstance(network, lora.View):
+                    adapter = f"{folder}-adapter"
+                    weights = [lora.weights(network, family.component)]
+                    export.export_adapter(
+                        adapted,
+                        folder,
+                        weights,
+                        family.component,
+                        str(folders / name),
+                        Path(adapter),
+                        num_steps=num_steps,
+                        **kind,
+                    )
+                recorder = Recorder()
+                unguided = 1.0 if adapter and family.unguided is None else family.unguided
+                family.run(recorder, prompts, num_steps, torch.Generator(), unguided, output_type="np")
+                call = {"out": f"{folder}.npy", "call": recorder.call, "lora": adapter, "fuse": form == "fused"}
+                jobs.append({"folder": str(folders / name if adapter else folder), **call})
+                ours[name, num_steps, sampler, form] = (images(adapted, network, num_steps, sampler, prompts), folder)
+    (folders / "jobs.json").write_text(json.dumps(jobs))
+    (folders / "call.py").write_text(CALL)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, str(folders / "call.py"), str(folders / "jobs.json")],
+        capture_output=True,
+        text=True,
+        cwd=folders,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs = [torch.from_numpy(np.load(job["out"])) for job in jobs]
+    return {key: (mine, found, folder) for (key, (mine, folder)), found in zip(ours.items(), theirs, strict=True)}
+
+
+@pytest.mark.parametrize("form", ["whole", "lora", "fused"])
+@pytest.mark.parametrize(("num_steps", "sampler"), STUDENTS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_student_is_itself_in_plain_diffusers(
+    name: str, num_steps: int, sampler: Sampler, form: str, trips: dict[Job, tuple[Tensor, Tensor, Path]]
+) -> None:
+    """Reloaded in a process without fastgen, called with its steps on the same noise."""
+    if (name, num_steps, sampler, form) not in trips:
+        pytest.skip("one number of steps is enough for adapters, and some pipelines take none")
+    ours, theirs, _ = trips[name, num_steps, sampler, form]
+    close(ours.reshape(theirs.shape), theirs)
+    assert theirs.std() > 1e-3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_exported_pipeline_has_the_teacher_s_class_and_parts(
+    name: str, folders: Path, trips: dict[Job, tuple[Tensor, Tensor, Path]]
+) -> None:
+    folder = trips[name, 2, "renoise", "whole"][2]
+    theirs, ours = (json.loads((place / "model_index.json").read_text()) for place in (folders / name, folder))
+    assert ours["_class_name"] == theirs["_class_name"]
+    assert {k: v for k, v in ours.items() if k != "scheduler"} == {k: v for k, v in theirs.items() if k != "scheduler"}
+    assert (folder / "fastgen.json").is_file()
