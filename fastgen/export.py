@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 CARD = "fastgen.json"
 """Beside model_index.json: what the student is and how it is called."""
+DEFAULTS = ("num_inference_steps", "guidance_scale", "height", "width")
+"""What a card says of a student's own call."""
 USE = "DiffusionPipeline.from_pretrained(folder, trust_remote_code=True), or fastgen.load(folder)"
 """What the card says of a pipeline that brings code, a component that Diffusers does not have."""
 LORA = "pytorch_lora_weights.safetensors"
@@ -321,6 +323,14 @@ def check_pipeline(path: str | Path, *wanted: str) -> None:
         _check_weights(file)
 
 
+def class_of(path: str | Path) -> str:
+    """The name of a pipeline's class, of a folder or a Hub id."""
+    from diffusers import DiffusionPipeline
+
+    found: str = DiffusionPipeline.load_config(path)["_class_name"]
+    return found
+
+
 def _check_weights(file: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
@@ -374,7 +384,7 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
 def load(path: str | Path, **kwargs: Any) -> Any:
     """The stock Diffusers pipeline of a folder or Hub id, calling itself as its student was trained.
 
-    ``num_inference_steps`` and ``guidance_scale`` default to the student's own; all else, and every keyword of
+    Steps, guidance scale and image size default to the student's own (``DEFAULTS``); all else, and every keyword of
     ``from_pretrained``, is Diffusers'. Raises ValueError if the folder is not a whole pipeline.
     """
     if (Path(path) / "pipeline" / "model_index.json").is_file():
@@ -383,7 +393,7 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     with opening(path):
         pipeline = from_pretrained(path, **kwargs)
     card = read_card(Path(path))
-    defaults = {k: card[k] for k in ("num_inference_steps", "guidance_scale") if k in card}
+    defaults = {k: card[k] for k in DEFAULTS if k in card}
     if defaults:
         stock = type(pipeline)
 

@@ -22,7 +22,7 @@ from . import recipe as recipes
 from .experts import members
 from .process import peak_memory, resident
 from .recipe import Recipe
-from .train import Session, build
+from .train import Session, build, family_of
 
 log = logging.getLogger("fastgen")
 
@@ -111,10 +111,11 @@ def total(parts: Mapping[str, Any]) -> int:
 
 def measure(recipe: Recipe) -> dict[str, Any]:
     """The row of a recipe, measured in this process, which should have done nothing else before."""
-    for kind, name in (("family", recipe.model.family), ("method", recipe.method.name), ("source", recipe.data.name)):
+    family_of(recipes.locate(recipe.model.path), recipe.model.family)  # all imports are none of the peak's
+    for kind, name in (("method", recipe.method.name), ("source", recipe.data.name)):
         registry.find(kind, name)
     if recipe.student.lora:
-        import peft  # noqa: F401  # its imports are none of the peak's
+        import peft  # noqa: F401
     before = resident("VmRSS")
     session = build(recipe)
     for turn in range(STEPS):

@@ -112,11 +112,11 @@ def make(recipe: Recipe, device: torch.device | None = None) -> int:
 
     device, chosen = device or PartialState().device, recipe.pairs
     check_guided_once(recipe.model, config.encode(chosen), "pairs")
-    family, _ = load_teacher(recipe.model, chosen.precision, device)
+    family, module = load_teacher(recipe.model, chosen.precision, device)
     check_path(family.denoiser.schedule, chosen.num_steps, chosen.path)
     source: Source = registry.find("source", recipe.data.name).open(recipe.data.options, family.image_size)
     prompts = [source.item(i).prompt for i in range(chosen.number)]
-    folder, card = Path(chosen.out), card_of(recipe, family, prompts)
+    folder, card = Path(chosen.out), card_of(recipe, registry.name_of(module), family, prompts)
     if parallel.rank() == 0:
         claim(folder, card, prompts)
     parallel.barrier()
@@ -141,11 +141,11 @@ def make(recipe: Recipe, device: torch.device | None = None) -> int:
     return count
 
 
-def card_of(recipe: Recipe, family: Family, prompts: Sequence[str]) -> Card:
-    """What these pairs are."""
+def card_of(recipe: Recipe, name: str, family: Family, prompts: Sequence[str]) -> Card:
+    """What these pairs are. name: the family's."""
     chosen = recipe.pairs
     return Card(
-        family=recipe.model.family,
+        family=name,
         teacher=fingerprint(family),
         latent_shape=tuple(family.latent_shape),
         number=chosen.number,

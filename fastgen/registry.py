@@ -42,6 +42,11 @@ def find(kind: str, name: str) -> ModuleType:
     return module
 
 
+def name_of(module: ModuleType) -> str:
+    """What a config calls a module."""
+    return module.__name__.rpartition(".")[2] if module.__name__.startswith("fastgen.") else module.__name__
+
+
 def summary(module: ModuleType) -> str:
     """The first line of a module's docstring."""
     return (module.__doc__ or "").strip().split("\n")[0]

@@ -101,10 +101,11 @@ class Session:
 def load_teacher(model: Model, precision: str, device: torch.device, start: float = 1.0) -> tuple[Family, ModuleType]:
     """The family of ``model.path`` and its module. start: of its students. Raises ValueError on anything unusable."""
     autocast = None if precision == "fp32" else DTYPES[precision]
-    path, module = recipes.locate(model.path), registry.find("family", model.family)
+    path = recipes.locate(model.path)
+    module = family_of(path, model.family)
     export.check_pipeline(path, *module.PIPELINES)
     with export.opening(path):
-        family: Family = module.load(path, device, autocast, start)
+        family: Family = module.load(path, device, autocast, start, model.image_size)
     if family.fix_guidance is not None:
         if model.guidance_scale is None:
             raise ValueError(
@@ -118,6 +119,24 @@ def load_teacher(model: Model, precision: str, device: torch.device, start: floa
             "method's own guides it"
         )
     return family, module
+
+
+def family_of(path: str, name: str = "") -> ModuleType:
+    """The module of a family by its name; without one, of the family that a pipeline's class belongs to.
+
+    Raises ValueError if no family has that class.
+    """
+    if name:
+        return registry.find("family", name)
+    export.check_pipeline(path)
+    with export.opening(path):
+        found = export.class_of(path)
+    modules = [registry.find("family", known) for known in registry.names("family")]
+    for module in modules:
+        if found in module.PIPELINES:
+            return module
+    known = ", ".join(sorted(known for module in modules for known in module.PIPELINES))
+    raise ValueError(f"{path}: is a {found}, which no family takes; known are {known}")
 
 
 def check_guided_once(model: Model, options: Mapping[str, Any], section: str) -> None:
@@ -153,7 +172,7 @@ def build(recipe: Recipe, device: torch.device | None = None) -> Session:
     family, module = load_teacher(model, run.precision, device, recipe.student.start)
     source: Source = registry.find("source", recipe.data.name).open(recipe.data.options, family.image_size)
     if isinstance(source, PairSource):
-        source.check(model.family, family)  # while the teacher's network is as it was loaded
+        source.check(registry.name_of(module), family)  # while the teacher's network is as it was loaded
     if recipe.student.init:
         family = started_from(family, module, recipe.student.init, device)
     if recipe.student.lora:
@@ -388,6 +407,8 @@ def export_run(session: Session, folder: Path) -> None:
     scale = student_guidance(method)
     if scale is not None:
         card["guidance_scale"] = scale
+    if recipe.model.image_size is not None:
+        card |= dict(zip(("height", "width"), recipe.model.image_size, strict=True))
     network = method.networks[method.exported]
     network.eval()
     with session.weights():

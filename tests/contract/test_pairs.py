@@ -90,7 +90,7 @@ METHODS = [name for name in registry.names("method") if name != "pretrain"]  # w
 def test_any_other_method_starts_from_the_run_s_pipeline(name: str, kd: Path, world: Path) -> None:
     """Its student is the regression's, while teacher and fake score are still the teacher."""
     device = torch.device("cpu")
-    family, module = load_teacher(Model("sd", str(world / "teacher")), "fp32", device)
+    family, module = load_teacher(Model(str(world / "teacher")), "fp32", device)
     started = started_from(family, module, str(kd / "pipeline"), device)
     module_of_method = registry.find("method", name)
     steps = module_of_method.ABOUT.steps or [1]

@@ -223,7 +223,7 @@ def made_for(name: str, method: str, form: str, folders: Path) -> recipe.Recipe:
     roles = {"scm": ["discriminator"], "adversarial": ["discriminator"]}.get(method, roles)
     return recipe.decode(
         {
-            "model": {"family": name, "path": str(folders / name)},
+            "model": {"path": str(folders / name)},  # the family is known by its class
             "method": {"name": method, **METHODS[method]},
             "student": {"steps": 1, **({"lora": {"rank": 2}} if form == "lora" else {})},
             "data": {"source": "images", "path": str(folders / f"{name}-images")},

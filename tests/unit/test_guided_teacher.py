@@ -81,7 +81,7 @@ def test_its_trajectory_is_the_stock_pipeline_s_call_at_this_scale(world: Path, 
     call = {"num_inference_steps": 4, "latents": noise(), "output_type": "latent"}
     wanted = stock(PROMPTS, guidance_scale=scale, **call).images
     other = stock(PROMPTS, guidance_scale=scale + 2, **call).images
-    family, _ = training.load_teacher(Model("sd", str(world / "embedded"), guidance_scale=scale), "fp32", CPU)
+    family, _ = training.load_teacher(Model(str(world / "embedded"), guidance_scale=scale), "fp32", CPU)
     rows: list[int] = []
     family.denoiser.network.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     schedule = family.denoiser.schedule

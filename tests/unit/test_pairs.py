@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastgen import pairs, parallel
+from fastgen import pairs, parallel, registry
 from fastgen.data import PairSource, prompts
 from fastgen.data import pairs as source_module
 from fastgen.data.batches import Batches
@@ -37,7 +37,7 @@ Change = Callable[[Path], None]
 def teacher(monkeypatch: pytest.MonkeyPatch) -> dict[str, Family]:
     """What is loaded as the teacher; a test may put another in its place."""
     chosen = {"family": gaussian_family()}
-    monkeypatch.setattr(pairs, "load_teacher", lambda *_: (chosen["family"], None))
+    monkeypatch.setattr(pairs, "load_teacher", lambda *_: (chosen["family"], registry.find("family", "sd")))
     return chosen
 
 

@@ -53,7 +53,7 @@ def changed(key: str, value: Any) -> dict[str, Any]:
 
 def test_defaults_are_those_of_each_part() -> None:
     found = decode(SMALL, "run.yaml")
-    assert found.model == recipe.Model("sd", "teacher")
+    assert found.model == recipe.Model("teacher", "sd")
     assert found.method == recipe.Chosen("dmd2", dmd2.Config())
     assert found.data == recipe.Chosen("prompts", prompts.Config("prompts.txt"))
     assert found.optim == {"student": Optim(lr=1e-5), "fake_score": Optim()}
