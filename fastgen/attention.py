@@ -65,10 +65,9 @@ def _switch(network: nn.Module, name: str) -> None:
     elif not _plain(network):
         if name != "sdpa":  # which is what they all do
             raise ValueError(f"{type(network).__name__} has attention of its own, without {name!r}")
-    elif name == "eager":
-        model.set_attn_processor(AttnProcessor())
-    elif name == "sdpa":
-        model.set_attn_processor(AttnProcessor2_0())
+    elif name in ("eager", "sdpa"):
+        for layer in _layers(network):
+            layer.set_processor(AttnProcessor() if name == "eager" else AttnProcessor2_0())
     elif name == "xformers":
         model.enable_xformers_memory_efficient_attention()
     else:
@@ -80,10 +79,15 @@ def _plain(network: nn.Module) -> bool:
     from diffusers.models import attention_processor as known
 
     kinds = (known.AttnProcessor, known.AttnProcessor2_0, known.XFormersAttnProcessor)
-    return all(isinstance(p, kinds) for p in getattr(network, "attn_processors", {}).values())
+    return all(isinstance(layer.processor, kinds) for layer in _layers(network))
 
 
 def _dispatches(network: nn.Module) -> bool:
     """Whether its attention processors go through Diffusers' dispatcher, which the U-Nets' do not."""
-    processors = getattr(network, "attn_processors", {})
-    return bool(processors) and all(hasattr(p, "_attention_backend") for p in processors.values())
+    layers = _layers(network)
+    return bool(layers) and all(hasattr(layer.processor, "_attention_backend") for layer in layers)
+
+
+def _layers(network: nn.Module) -> list[Any]:
+    """Its attention layers; ``attn_processors`` is not there for DiT's and unconditional ones."""
+    return [layer for layer in network.modules() if hasattr(layer, "set_processor")]

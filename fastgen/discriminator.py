@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .denoiser import Cond, Denoiser
+from .experts import Experts
 from .lora import plain
 
 
@@ -18,8 +19,18 @@ class _Enough(Exception):  # not an error: it ends a forward pass whose rest nob
 def features(denoiser: Denoiser, blocks: Sequence[str], x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
     """The outputs of the named blocks, in the order given; the pass ends at the last one to be reached.
 
-    x_t: [B, ...]; t: [B] -> one [B, C, ...] per block. Raises ValueError if a name is not a module of the network.
+    x_t: [B, ...]; t: [B] -> one [B, C, ...] per block. Of several experts each reads its own rows. Raises ValueError
+    if a name is not a module of the network.
     """
+    network = denoiser.network
+    if isinstance(network, Experts):
+        parts = network.rows(t)
+        maps = [
+            features(denoiser.with_network(network[k]), blocks, x_t[i], t[i], {name: v[i] for name, v in cond.items()})
+            for k, i in parts
+        ]
+        order = torch.cat([i for _, i in parts]).argsort()
+        return [torch.cat(found)[order] for found in zip(*maps, strict=True)]
     modules = dict(plain(denoiser.network).named_modules())
     for name in blocks:
         if name not in modules:

@@ -27,7 +27,7 @@ def make(
 
 
 def of_images(options: Perceptual, family: Family) -> Distance:
-    """LPIPS of the images that two latents decode to; the gradient goes through the decoder.
+    """LPIPS of the images that two latents decode to, of videos the mean over the frames; the decoder has a gradient.
 
     Images of less than 256 pixels are first resized, as the consistency models' code does (openai/consistency_models:
     cm/karras_diffusion.py). Raises ValueError if there are no weights, or too few pixels.
@@ -40,10 +40,12 @@ def of_images(options: Perceptual, family: Family) -> Distance:
 
     def seen(x: Tensor) -> Tensor:
         pixels = family.decode(x)
+        if pixels.ndim == 5:
+            pixels = pixels.transpose(1, 2).flatten(0, 1)
         return F.interpolate(pixels, (size, size), mode="bilinear") if size else pixels
 
     def distance(x: Tensor, target: Tensor) -> Tensor:
         found: Tensor = network(seen(x), seen(target))
-        return found
+        return found.reshape(len(x), -1).mean(1)
 
     return distance

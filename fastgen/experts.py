@@ -15,7 +15,12 @@ class Experts(nn.ModuleList):
     """
 
     def __init__(self, networks: Sequence[nn.Module], starts: Sequence[float]) -> None:
-        """starts: falling times, one for each network."""
+        """starts: falling times, one for each network. Raises ValueError if one of them is several itself."""
+        if any(isinstance(network, Experts) for network in networks):
+            raise ValueError(
+                "a student of experts cannot have a teacher of several experts; choose a method without experts of "
+                "its own, or a teacher of one network"
+            )
         super().__init__(networks)
         self.starts = list(starts)
 
@@ -23,6 +28,11 @@ class Experts(nn.ModuleList):
         """The number of the expert for each time: [B] -> [B], 0 being the noisiest's."""
         starts = torch.tensor(self.starts[1:], dtype=t.dtype, device=t.device)
         return (t[:, None] <= starts).sum(1)
+
+    def rows(self, t: Tensor) -> list[tuple[int, Tensor]]:
+        """The numbers of the experts that these times need: [B], with the rows of each."""
+        which = self.which(t)
+        return [(k, (which == k).nonzero()[:, 0]) for k in which.unique().tolist()]
 
 
 def members(network: nn.Module) -> list[nn.Module]:

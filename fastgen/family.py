@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -10,7 +10,25 @@ import torch
 from torch import Tensor, nn
 
 from .denoiser import Cond, Denoiser
+from .prediction import Kind
 from .sampling import Sampler
+
+
+@dataclass(frozen=True)
+class About:
+    """What a user knows a family by; each family's module has one, called ``ABOUT``.
+
+    Attributes:
+        pipelines: the classes that it takes.
+        kinds: of output that a teacher's network may have.
+        schedulers: class that a student's pipeline leaves with, by its sampler.
+        lora: whether the pipelines load LoRA files.
+    """
+
+    pipelines: Sequence[str]
+    kinds: Sequence[Kind]
+    schedulers: Mapping[Sampler, str]
+    lora: bool
 
 
 @dataclass(frozen=True)
@@ -69,11 +87,13 @@ class Family:
 
     Attributes:
         denoiser: the teacher's; schedule and kind are read from the pipeline's scheduler config.
-        latent_shape: of one sample, (C, H, W).
+        latent_shape: of one sample, (C, H, W), or as the pipeline lays videos out, such as (C, F, H, W).
         encode_prompts: prompts -> Cond, batch first; longer prompts than the tokenizer takes are cut with a warning.
         uncond: () -> the one-row Cond that guidance subtracts.
-        encode: pixels [B, 3, H, W] in [-1, 1] -> latents as the denoiser sees them.
-        decode: latents -> pixels, in [-1, 1] but for what the decoder overshoots; the gradient passes through.
+        encode: pixels [B, 3, H, W] in [-1, 1] -> latents as the denoiser sees them. A family of videos takes
+            [B, 3, F, H, W], too, and an image as a clip that stands still.
+        decode: latents -> pixels, in [-1, 1] but for what the decoder overshoots; the gradient passes through. Of
+            videos [B, 3, F, H, W].
         student: a trainable copy of the teacher's network, with what a student needs to be safe in a stock call.
         student_times: num_steps -> the falling times of the scheduler that ``pipeline`` will ship; the student meets
             pure noise at the first, which need not be the schedule's last.
@@ -82,13 +102,17 @@ class Family:
             to save; num_steps and sampler are a student's, None keeps the teacher's scheduler.
         image_size: (height, width) in pixels.
         run: calls a stock pipeline of this class, the teacher's or a student's.
+        told: num_steps -> what a stock call of such a student must be told besides their number, as ``run`` does.
         step_noise: where a student's stochastic scheduler draws from in that call: the call's generator, or torch's
             global one, since the pipeline hands no generator on.
+        global_noise: latents -> noise as that scheduler draws it from the global one, seen as latents: [B, ...]. It
+            matters where the pipeline packs its latents.
         unguided: guidance_scale at which the stock call does not guide a student; None: at any.
         stock_guidance: guidance_scale of a stock call that names none; None: the pipeline cannot give it to a network.
         fix_guidance: (scale) lets the teacher's network, which takes the guidance scale as an input, always do what it
-            does at this one; None: it takes none.
+            does at this one; None: it takes none. Until then it is called at ``unguided`` where there is one.
         component: what the pipeline calls the network, as LoRA files name it; empty: it takes no such files.
+        whole: a family made of this one -> with all parts of the pipeline in memory, where ``load`` left some out.
     """
 
     denoiser: Denoiser
@@ -103,8 +127,11 @@ class Family:
     pipeline: MakePipeline
     image_size: tuple[int, int]
     run: Run
+    told: Callable[[int], Mapping[str, Any]] = lambda num_steps: {}
     step_noise: Literal["generator", "global"] = "generator"
+    global_noise: Callable[[Tensor], Tensor] = torch.randn_like
     unguided: float | None = 1.0
     stock_guidance: float | None = None
     fix_guidance: Callable[[float], None] | None = None
     component: str = ""
+    whole: Callable[[Family], Family] = lambda family: family

@@ -44,12 +44,17 @@ class Lora:
 
 
 def layers_of(network: nn.Module) -> list[str]:
-    """The layers an adapter may go to: linear and convolution layers that learn now, or all of them if none does."""
+    """The layers an adapter may go to: linear and convolution layers that learn now, or all of them if none does.
+
+    Raises ValueError if it is several experts.
+    """
+    if isinstance(network, Experts):
+        raise ValueError("lora: adapters do not go on a teacher of several experts; train all weights, without lora")
     frozen = not any(p.requires_grad for p in network.parameters())
     return [
         name
         for name, layer in network.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d)
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.Conv3d)
         and getattr(layer, "groups", 1) == 1
         and (frozen or layer.weight.requires_grad)
     ]
@@ -131,7 +136,8 @@ class View(nn.Module):
     def __init__(self, backbone: Backbone, lora: Lora, layers: Sequence[str], adapter: str | None = None) -> None:
         """lora, layers: what its adapter is, or that of its copies, and where."""
         super().__init__()
-        self.backbone, self.lora, self.layers, self.adapter = backbone, lora, list(layers), adapter
+        # placed: networks have a child called layers
+        self.backbone, self.lora, self.placed, self.adapter = backbone, lora, list(layers), adapter
         for name, p in backbone.network.named_parameters():
             layer, _, rest = name.partition(".lora_")  # rest: "A.<adapter>.weight"; empty for the network's own
             if not rest and adapter is None:
@@ -152,7 +158,7 @@ class View(nn.Module):
 
     def with_adapter(self) -> View:
         """A further role on the same weights, with a new adapter."""
-        return View(self.backbone, self.lora, self.layers, self.backbone.add(self.lora, self.layers))
+        return View(self.backbone, self.lora, self.placed, self.backbone.add(self.lora, self.placed))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> View:
         made = self.with_adapter()
@@ -239,7 +245,7 @@ def adapted(family: Family, lora: Lora, share_backbone: bool = False) -> Family:
 
     share_backbone: the teacher too is a view of the students' network, so that each copy of it (a fake score, a
     target) is an adapter. Raises ValueError if the student does not start as the teacher then, or has no layer that
-    ``lora`` names.
+    ``lora`` names, or if the teacher is of several experts.
     """
     if isinstance(family.student, Students):
         return family

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from .denoiser import Cond
+from .denoiser import Cond, unconditional
 from .passes import Pass
 from .rng import Noise
 from .sampling import Sampler
@@ -51,10 +51,12 @@ class Batch:
 
 
 def drop_captions(batch: Batch, drop: Tensor) -> Cond:
-    """The batch's cond with the empty caption's row where ``drop``: [B] is true."""
+    """The batch's cond with the empty caption's row where ``drop``: [B] is true. Raises ValueError if it has none."""
+    if batch.cond.keys() - batch.uncond.keys() and not bool(drop.any()):
+        return batch.cond
     return {
-        name: torch.where(drop.reshape(-1, *(1,) * (value.ndim - 1)), batch.uncond[name].to(value), value)
-        for name, value in batch.cond.items()
+        name: torch.where(drop.reshape(-1, *(1,) * (row.ndim - 1)), row.to(batch.cond[name]), batch.cond[name])
+        for name, row in unconditional(batch.uncond, batch.cond).items()
     }
 
 

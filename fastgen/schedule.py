@@ -6,6 +6,7 @@ to ``t_max``. Everything is computed in float64; callers cast what they multiply
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -92,22 +93,28 @@ class TabulatedVP:
     """A variance-preserving schedule given by a table of ``alphas_cumprod``, as every Diffusers DDPM model has.
 
     The clock is the table's index, so integer times give the table's own numbers; between them the log-SNR is
-    interpolated linearly, which keeps alpha^2 + sigma^2 = 1 and makes the derivatives exact.
+    interpolated linearly, which keeps alpha^2 + sigma^2 = 1 and makes the derivatives exact. A table may end in
+    exactly 0, pure noise (Lin et al. 2023, arXiv 2305.08891), whose log-SNR is infinite: before that entry the angle
+    atan(sigma / alpha) is interpolated, up to pi / 2. There noise names no clean data, so a network must not give eps.
     """
 
     def __init__(self, alphas_cumprod: Sequence[float] | Tensor) -> None:
-        """alphas_cumprod: [T], strictly decreasing within (0, 1)."""
+        """alphas_cumprod: [T], strictly decreasing within (0, 1); the last may be 0."""
         table = torch.as_tensor(alphas_cumprod, dtype=torch.float64).cpu()
         if table.ndim != 1 or len(table) < 2:
             raise ValueError(f"alphas_cumprod must be a list of at least 2 numbers, got shape {tuple(table.shape)}")
-        if not (bool((table > 0).all()) and bool((table < 1).all()) and bool((table.diff() < 0).all())):
+        if not (bool((table >= 0).all()) and bool((table < 1).all()) and bool((table.diff() < 0).all())):
             raise ValueError(
-                "alphas_cumprod must fall strictly and stay within (0, 1), "
-                f"got {table[0]:.4g} ... {table[-1]:.4g}; rescale_betas_zero_snr teachers are not supported yet"
+                "alphas_cumprod must fall strictly and stay within (0, 1), but for a last 0, "
+                f"got {table[0]:.4g} ... {table[-1]:.4g}"
             )
         self.alphas_cumprod = table
         self.t_min, self.t_max = 0.0, float(len(table) - 1)
         self._log_snr = torch.logit(table)
+        self._ends_in_noise = bool(table[-1] == 0)
+        if self._ends_in_noise:
+            self._log_snr[-1] = self._log_snr[-2]  # any number: the last interval is not interpolated in it
+            self._last_angle = math.acos(math.sqrt(float(table[-2])))
 
     def __call__(self, t: Tensor) -> Level:
         """t: [B] in [0, T - 1] -> Level, on t's device."""
@@ -119,7 +126,21 @@ class TabulatedVP:
         log_snr = low + (clock - index) * slope
         alpha, sigma = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
         # d alpha = alpha sigma^2 / 2 d log_snr, d sigma = -sigma alpha^2 / 2 d log_snr
-        return Level(alpha, sigma, 0.5 * alpha * sigma**2 * slope, -0.5 * sigma * alpha**2 * slope)
+        level = Level(alpha, sigma, 0.5 * alpha * sigma**2 * slope, -0.5 * sigma * alpha**2 * slope)
+        return self._turned(level, clock) if self._ends_in_noise else level
+
+    def _turned(self, level: Level, clock: Tensor) -> Level:
+        """The level; from the last entry but one on that of an angle that grows evenly to a right one. clock: [B]."""
+        left = self.t_max - clock  # 1 ... 0 within the last interval
+        rate = math.pi / 2 - self._last_angle
+        last = clock >= self.t_max - 1
+        alpha, sigma = torch.sin(rate * left), torch.cos(rate * left)  # sin, so that it ends on 0 itself
+        return Level(
+            torch.where(last, alpha, level.alpha),
+            torch.where(last, sigma, level.sigma),
+            torch.where(last, -rate * sigma, level.d_alpha),
+            torch.where(last, rate * alpha, level.d_sigma),
+        )
 
     def draw(self, u: Tensor) -> Tensor:
         """u: [B] in [0, 1) -> integer times in {0, ..., T - 1}: [B] float64."""

@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from fastgen.sampling import Sampler, ddim_times
 from fastgen.schedule import Flow
 
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+"""Of all students, with noise added between the steps or without."""
 Ask = Callable[[Any, int], None]
 """(scheduler, num_steps): what a pipeline does to its scheduler before the first step."""
 
@@ -53,6 +56,19 @@ def schedule_of(scheduler: Any, mu: float | None = None) -> Flow:
         f"scheduler {type(scheduler).__name__} is not of rectified flow; this family needs "
         "FlowMatchEulerDiscreteScheduler, or one with use_flow_sigmas"
     )
+
+
+def mu_of(scheduler: Any, tokens: int) -> float:
+    """What Flux, Qwen-Image and Z-Image give a scheduler that shifts by the image size. tokens: of the image."""
+    config = scheduler.config
+    found: float = calculate_shift(
+        tokens,
+        config.get("base_image_seq_len", 256),
+        config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.5),
+        config.get("max_shift", 1.15),
+    )
+    return found
 
 
 def student_scheduler(

@@ -40,7 +40,7 @@ from fastgen.prediction import Kind, Prediction
 from fastgen.schedule import TabulatedVP
 
 from .nasa import NasaProcessor, plain
-from .vp import KINDS as _KINDS
+from .vp import KINDS, kind_of
 
 Make = Callable[[Denoise, Cond, float], Denoise]
 """(denoiser, uncond, guidance_scale of the call) -> the guider of one trajectory."""
@@ -375,13 +375,13 @@ def _unet(pipeline: Any) -> Any:
 def _terms(pipeline: Any) -> tuple[TabulatedVP, Any]:
     """The schedule and the kind that the U-Net was trained with. Raises ValueError if the scheduler does not say."""
     config = pipeline.scheduler.config
-    kind = _KINDS.get(config.get("prediction_type", "epsilon"))
-    if "alphas_cumprod" not in vars(pipeline.scheduler) or kind is None:
+    known = config.get("prediction_type", "epsilon") in KINDS
+    if "alphas_cumprod" not in vars(pipeline.scheduler) or not known:
         raise ValueError(
             f"{type(pipeline.scheduler).__name__} has no table of alphas_cumprod, or predicts what is not known; "
             "guiders need one like DDIMScheduler"
         )
-    return TabulatedVP(pipeline.scheduler.alphas_cumprod), kind
+    return TabulatedVP(pipeline.scheduler.alphas_cumprod), kind_of(pipeline.scheduler)
 
 
 @contextmanager

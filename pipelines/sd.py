@@ -15,12 +15,17 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from fastgen.denoiser import Cond, Denoiser
-from fastgen.family import Family
+from fastgen.family import About, Family
 from fastgen.sampling import Sampler
 
 from . import stock, unet, vp
 
-PIPELINES = ("StableDiffusionPipeline",)
+ABOUT = About(
+    pipelines=("StableDiffusionPipeline",),
+    kinds=("eps", "v", "x0"),
+    schedulers={"renoise": "LCMScheduler", "ddim": "TCDScheduler"},
+    lora=True,
+)
 
 
 def call(network: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:

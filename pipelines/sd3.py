@@ -15,12 +15,17 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from fastgen.denoiser import Cond, Denoiser
-from fastgen.family import Block, Family
+from fastgen.family import About, Block, Family
 from fastgen.sampling import Sampler
 
 from . import flow, stock
 
-PIPELINES = ("StableDiffusion3Pipeline",)
+ABOUT = About(
+    pipelines=("StableDiffusion3Pipeline",),
+    kinds=("flow",),
+    schedulers={"renoise": flow.SCHEDULER, "ddim": flow.SCHEDULER},
+    lora=True,
+)
 
 
 def call(network: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:

@@ -14,12 +14,17 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from fastgen.denoiser import Cond, Denoiser
-from fastgen.family import Family
+from fastgen.family import About, Family
 from fastgen.sampling import Sampler
 
 from . import stock, unet, vp
 
-PIPELINES = ("StableDiffusionXLPipeline",)
+ABOUT = About(
+    pipelines=("StableDiffusionXLPipeline",),
+    kinds=("eps", "v", "x0"),
+    schedulers={"renoise": "LCMScheduler", "ddim": "TCDScheduler"},
+    lora=True,
+)
 
 
 def wrap(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import LCMScheduler, TCDScheduler
+import torch
+from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
 
 from fastgen.prediction import Kind
 from fastgen.sampling import Sampler
@@ -29,10 +30,18 @@ def schedule_of(scheduler: Any) -> TabulatedVP:
 
 
 def kind_of(scheduler: Any) -> Kind:
-    """What the network gives, by its scheduler. Raises ValueError if that is not known."""
+    """What the network gives, by its scheduler.
+
+    Raises ValueError if that is not known, or if it is noise where the table's last entry is nothing but noise.
+    """
     kind = KINDS.get(scheduler.config.get("prediction_type", "epsilon"))
     if kind is None:
         raise ValueError(f"prediction_type {scheduler.config['prediction_type']!r} is not one of {', '.join(KINDS)}")
+    if kind == "eps" and float(scheduler.alphas_cumprod[-1]) == 0:
+        raise ValueError(
+            "prediction_type 'epsilon' names no image at a last alpha of 0; this scheduler needs v_prediction, or "
+            "rescale_betas_zero_snr false"
+        )
     return kind
 
 
@@ -49,14 +58,18 @@ def student_scheduler(
     # all of the teacher's values: what it left at its class's default, from_config would take for LCM's
     config = {key: value for key, value in teacher.config.items() if key != "_use_default_values"}
     cls = {"renoise": LCMScheduler, "ddim": TCDScheduler}[sampler]
-    made = cls.from_config(
-        config,
-        original_inference_steps=num_steps,
-        timestep_scaling=1e4,
-        clip_sample=False,
-        thresholding=False,
-        rescale_betas_zero_snr=False,
-    )
+    settings = {
+        "original_inference_steps": num_steps,
+        "timestep_scaling": 1e4,
+        "clip_sample": False,
+        "thresholding": False,
+        "rescale_betas_zero_snr": False,
+    }
+    made = cls.from_config(config, **settings)
+    table = torch.as_tensor(teacher.alphas_cumprod).double()
+    found, wanted = (torch.logit(values.double()) for values in (made.alphas_cumprod, table))
+    if not torch.allclose(found, wanted, atol=1e-3):  # the teacher's is shifted or rescaled besides its betas
+        made = cls.from_config(config, **settings, trained_betas=_betas(table))
     count = len(made.betas)
     left = round(start * count)
     if left == count:
@@ -64,6 +77,32 @@ def student_scheduler(
     if left < num_steps:
         raise ValueError(f"student.start {start:g} leaves {left} of {count} times for {num_steps} steps; raise it")
     return cls.from_config(made.config, num_train_timesteps=left, trained_betas=made.betas[:left].tolist())
+
+
+def plain_student_scheduler(
+    teacher: Any, num_steps: int, sampler: Sampler = "renoise", start: float = 1.0
+) -> LCMScheduler | DDIMScheduler:
+    """The same on the same times for a pipeline that hands its scheduler no eta: TCD's own default adds noise.
+
+    A student that keeps its noise leaves with ``DDIMScheduler`` on the trailing grid. Unlike the others it does not
+    refuse more steps than it was trained for.
+    """
+    made = student_scheduler(teacher, num_steps, start=start)
+    if sampler == "renoise":
+        return made
+    config = {key: value for key, value in made.config.items() if key != "_use_default_values"}
+    # cut to what N divides, since the scheduler counts its times from the table's end and its steps in whole entries
+    left = len(made.betas) // num_steps * num_steps
+    if left < len(made.betas):
+        config |= {"num_train_timesteps": left, "trained_betas": made.betas[:left].tolist()}
+    return DDIMScheduler.from_config(config, timestep_spacing="trailing", set_alpha_to_one=False)
+
+
+def _betas(alphas_cumprod: torch.Tensor) -> list[float]:
+    """Those whose table this is."""
+    table = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod])
+    found: list[float] = (1 - table[1:] / table[:-1]).tolist()
+    return found
 
 
 def times(scheduler: LCMScheduler | TCDScheduler, num_steps: int) -> list[float]:

@@ -204,11 +204,24 @@ def test_an_unknown_prediction_type_is_refused() -> None:
         sd.wrap(pipeline)
 
 
-def test_a_zero_terminal_snr_teacher_is_refused() -> None:
+def test_a_zero_terminal_snr_teacher_of_noise_is_refused() -> None:
+    pipeline = tiny.pipeline("epsilon")
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, rescale_betas_zero_snr=True)
+    with pytest.raises(ValueError, match="prediction_type 'epsilon' names no image at a last alpha of 0; this sch"):
+        sd.wrap(pipeline)
+
+
+@pytest.mark.parametrize("sampler", ["renoise", "ddim"])
+@pytest.mark.parametrize("start", [1.0, 0.4])
+def test_a_student_of_a_zero_terminal_snr_teacher_has_its_table(sampler: Sampler, start: float) -> None:
     pipeline = tiny.pipeline("v_prediction")
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, rescale_betas_zero_snr=True)
-    with pytest.raises(ValueError, match="rescale_betas_zero_snr teachers are not supported yet"):
-        sd.wrap(pipeline)
+    family = sd.wrap(pipeline, start=start)
+    made = family.pipeline(family.student(), 2, sampler).scheduler
+    table = pipeline.scheduler.alphas_cumprod[: round(1000 * start)]
+    torch.testing.assert_close(made.alphas_cumprod, table, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(1 - made.alphas_cumprod, 1 - table, rtol=1e-3, atol=0)
+    assert bool(made.alphas_cumprod[-1] == 0) == (start == 1)
 
 
 # Blocks

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
@@ -17,6 +17,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from fastgen.sampling import Sampler, Step, ddim
 from tests import tiny
 
 PROMPTS = ["a red apple", "a dog left of a cat"]
@@ -28,19 +29,37 @@ WIDTH = 16
 class Case:
     """What the contract needs to know of a family; ``tests/families/<family>.py`` has it as ``CASE``.
 
+    It may have further ones, by name, in ``MORE``: other classes that the family takes.
+
     Attributes:
         pipeline: (seed) -> the stock pipeline, the same for the same seed, with a scheduler of first order, whose
             steps are ours, and the last of which ends on x0.
-        guidance_scale: at which the teachers are compared; one whose passes differ from no guidance.
+        guidance_scale: at which the teachers are compared; one whose passes differ from no guidance. None: these
+            cannot be guided.
         image_sizes: (height, width) in pixels, besides its own.
         prompts: two, as the family takes them.
-        settings: further arguments of ``wrap``.
+        image_size: (height, width) in pixels, where the pipeline's own is not small; None: its own.
+        num_frames: of a family of videos.
+        guiding: scale -> the arguments by which the stock call does what our guidance by it does.
+        no_lora: why it takes no adapters; empty: it does.
+        renoising_class: of the pipeline of a student that renoises; empty: its teacher's.
+        exported: settings of the pipeline that a student's leaves with, other than its teacher's.
+        step: the teacher's; one that draws noise is that of the students, on their times.
+        samplers: that the pipeline has a scheduler for.
     """
 
     pipeline: Callable[[int], Any]
-    guidance_scale: float = 4.0
+    guidance_scale: float | None = 4.0
     image_sizes: Sequence[tuple[int, int]] = ()
     prompts: Sequence[str] = tuple(PROMPTS)
+    image_size: tuple[int, int] | None = None
+    num_frames: int | None = None
+    guiding: Callable[[float], Mapping[str, Any]] = lambda scale: {"guidance_scale": scale}
+    no_lora: str = ""
+    renoising_class: str = ""
+    exported: Mapping[str, Any] = field(default_factory=dict)
+    step: Step = ddim
+    samplers: Sequence[Sampler] = ("renoise", "ddim")
 
 
 def clip(projection: bool = False, layers: int = 2) -> Any:

@@ -5,7 +5,6 @@ A family is tested by having ``tests/families/<family>.py`` with a ``CASE``.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 import os
@@ -20,17 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import export, lora, recipe, registry, train
-from fastgen.denoiser import guided
+from fastgen.denoiser import Denoise, guided
 from fastgen.discriminator import Heads, features
 from fastgen.export import drawn
-from fastgen.family import Family
+from fastgen.family import About, Family
 from fastgen.lora import Lora
 from fastgen.sampling import Sampler, ddim, sample
 from tests import tiny
 
 from .parts import Case
 
-FAMILIES = registry.names("family")
 TOLERANCE = 1e-4
 METHODS: dict[str, dict[str, Any]] = {
     "dmd2": {"adversarial": {"weight": 0.1}},
@@ -42,20 +40,38 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@functools.cache
+UNGUIDED: dict[str, dict[str, Any]] = {
+    "dmd2": {"guidance_scale": 1.0},
+    "sid": {"guidance_scale": 1.0},
+    **{name: {"guidance": {"low": 1.0, "high": 1.0, "embed": False}} for name in ("lcm", "scm", "guidance")},
+}
+
+
+def cases_of(family: str) -> dict[str, Case]:
+    """By name: the family's own, or "<family>-<further one>"."""
+    module = importlib.import_module(f"tests.families.{family}")
+    more = vars(module).get("MORE", {})
+    return {family: module.CASE, **{f"{family}-{name}": found for name, found in more.items()}}
+
+
+CASES = {name: found for family in registry.names("family") for name, found in cases_of(family).items()}
+FAMILIES = list(CASES)
+
+
 def case(name: str) -> Case:
-    found: Case = importlib.import_module(f"tests.families.{name}").CASE
-    return found
+    return CASES[name]
 
 
 def opened(name: str, image_size: tuple[int, int] | None = None, seed: int = 0) -> tuple[Any, Family]:
-    """A fresh pipeline and the family of it."""
+    """A fresh pipeline and the family of it, at the case's own size if none is given."""
     pipeline = case(name).pipeline(seed)
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.eval()
-    return pipeline, registry.find("family", name).wrap(pipeline, image_size=image_size)
+    size, frames = image_size or case(name).image_size, case(name).num_frames
+    more = {"num_frames": frames} if frames else {}
+    return pipeline, registry.find("family", name.partition("-")[0]).wrap(pipeline, image_size=size, **more)
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:
@@ -71,7 +87,24 @@ def called_at(scheduler: Any) -> list[float]:
 
 
 def test_every_family_has_its_case() -> None:
-    assert {path.stem for path in Path(__file__).parent.glob("*.py")} - {"parts", "test_families"} == set(FAMILIES)
+    found = {path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("test_")}
+    assert found - {"parts"} == set(registry.names("family"))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_family_says_of_itself_holds(name: str) -> None:
+    """The schedulers are compared where the students have been exported."""
+    pipeline, family = opened(name)
+    about = about_of(name)
+    assert type(pipeline).__name__ in about.pipelines
+    assert family.denoiser.kind in about.kinds
+    assert about.lora if "-" in name else about.lora == bool(family.component)  # a variant may have none
+    assert set(case(name).samplers) == set(about.schedulers)
+
+
+def about_of(name: str) -> About:
+    found: About = registry.find("family", name.partition("-")[0]).ABOUT
+    return found
 
 
 # The teacher
@@ -93,21 +126,28 @@ def same_call(name: str, size: tuple[int, int] | None, guide: bool) -> None:
     pipeline, family = opened(name, size)
     if size:
         assert family.image_size == size
-    prompts, scale = list(case(name).prompts), case(name).guidance_scale if guide else (family.unguided or 1.0)
-    theirs = family.run(pipeline, prompts, 4, torch.Generator().manual_seed(5), scale)
-    x_t = torch.randn(len(prompts), *family.latent_shape, generator=torch.Generator().manual_seed(5))
-    denoise = guided(family.denoiser, family.uncond(), scale if guide else 1.0)
-    with torch.no_grad():
-        times = called_at(pipeline.scheduler)
-        ours = sample(denoise, family.denoiser.schedule, x_t, times, family.encode_prompts(prompts), ddim)
+    prompts, scale = list(case(name).prompts), case(name).guidance_scale if guide else 1.0
+    if scale is None:
+        pytest.skip("this model cannot be guided")
+    off = {"guidance_scale": 1.0 if family.unguided is None else family.unguided}
+    theirs = family.run(
+        pipeline, prompts, 4, torch.Generator().manual_seed(5), **case(name).guiding(scale) if guide else off
+    )
+    times = called_at(pipeline.scheduler) if case(name).step is ddim else family.student_times(4)
+    ours = sampled(name, family, guided(family.denoiser, family.uncond(), scale), times)
     close(ours, theirs)
-    assert guide == bool((ours - sampled_without(family, x_t, times, prompts)).abs().max() > 1e-3)
+    assert guide == bool((ours - sampled(name, family, family.denoiser, times)).abs().max() > 1e-3)
 
 
 @torch.no_grad()
-def sampled_without(family: Family, x_t: Tensor, times: list[float], prompts: list[str]) -> Tensor:
-    cond = family.encode_prompts(prompts)
-    return sample(family.denoiser, family.denoiser.schedule, x_t, times, cond, ddim)
+def sampled(name: str, family: Family, denoise: Denoise, times: list[float]) -> Tensor:
+    """By our sampler, on what the stock call draws."""
+    prompts, generator = list(case(name).prompts), torch.Generator().manual_seed(5)
+    x_t = torch.randn(len(prompts), *family.latent_shape, generator=generator)
+    cond, schedule = family.encode_prompts(prompts), family.denoiser.schedule
+    return sample(
+        denoise, schedule, x_t, times, cond, case(name).step, lambda: torch.randn(x_t.shape, generator=generator)
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -118,6 +158,7 @@ def test_latents_decode_to_what_the_stock_call_shows(name: str) -> None:
     shown = family.run(pipeline, prompts, 2, torch.Generator().manual_seed(5), output_type="pt")
     with torch.no_grad():
         ours = (family.decode(latents) / 2 + 0.5).clamp(0, 1)
+    ours = ours.movedim(1, -3)  # of a video [B, F, 3, H, W]
     close(ours, shown.reshape(ours.shape))
     assert ours.shape[-2:] == family.image_size
 
@@ -197,6 +238,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_two_steps_of_training_move_the_student_alone(name: str, method: str, form: str, folders: Path) -> None:
+    if form == "lora" and case(name).no_lora:
+        pytest.skip(case(name).no_lora)
     session = train.build(made_for(name, method, form, folders))
     before = {role: copied(network) for role, network in session.method.networks.items()}
     logs = [logs for _, logs in session.engine.run(range(2))]
@@ -221,10 +264,16 @@ def made_for(name: str, method: str, form: str, folders: Path) -> recipe.Recipe:
     step = {"lr": 1e-3, "warmup": 0}
     roles = {"dmd2": ["fake_score", "discriminator"], "sid": ["fake_score"]}.get(method, [])
     roles = {"scm": ["discriminator"], "adversarial": ["discriminator"]}.get(method, roles)
+    unguided = UNGUIDED if case(name).guidance_scale is None else {}
     return recipe.decode(
         {
-            "model": {"path": str(folders / name)},  # the family is known by its class
-            "method": {"name": method, **METHODS[method]},
+            # the family is known by its class
+            "model": {
+                "path": str(folders / name),
+                "image_size": case(name).image_size,
+                "num_frames": case(name).num_frames,
+            },
+            "method": {"name": method, **METHODS[method], **unguided.get(method, {})},
             "student": {"steps": 1, **({"lora": {"rank": 2}} if form == "lora" else {})},
             "data": {"source": "images", "path": str(folders / f"{name}-images")},
             "optim": {role: step for role in ["student", *roles]},
@@ -287,7 +336,7 @@ def trips(folders: Path) -> dict[Job, tuple[Tensor, Tensor, Path]]:
     jobs, ours = [], {}
     for name in FAMILIES:
         prompts = list(case(name).prompts)
-        for num_steps, sampler in STUDENTS:
+        for num_steps, sampler in [made for made in STUDENTS if made[1] in case(name).samplers]:
             for form in ["whole", "lora", "fused"] if (num_steps, sampler) == (2, "renoise") else ["whole"]:
                 _, family = opened(name)
                 if form != "whole" and not family.component:
@@ -341,7 +390,7 @@ def test_a_student_is_itself_in_plain_diffusers(
 ) -> None:
     """Reloaded in a process without fastgen, called with its steps on the same noise."""
     if (name, num_steps, sampler, form) not in trips:
-        pytest.skip("one number of steps is enough for adapters, and some pipelines take none")
+        pytest.skip("one number of steps is enough for adapters, and some pipelines take none, or one sampler alone")
     ours, theirs, _ = trips[name, num_steps, sampler, form]
     close(ours.reshape(theirs.shape), theirs)
     assert theirs.std() > 1e-3
@@ -353,6 +402,11 @@ def test_the_exported_pipeline_has_the_teacher_s_class_and_parts(
 ) -> None:
     folder = trips[name, 2, "renoise", "whole"][2]
     theirs, ours = (json.loads((place / "model_index.json").read_text()) for place in (folders / name, folder))
-    assert ours["_class_name"] == theirs["_class_name"]
-    assert {k: v for k, v in ours.items() if k != "scheduler"} == {k: v for k, v in theirs.items() if k != "scheduler"}
+    own = theirs.pop("_class_name")
+    assert ours.pop("_class_name") == (case(name).renoising_class or own)
+    assert {**ours, "scheduler": None} == {**theirs, "scheduler": None, **case(name).exported}
     assert (folder / "fastgen.json").is_file()
+    for (family, _, sampler, form), (_, _, place) in trips.items():
+        if family == name and form == "whole":
+            shipped = json.loads((place / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+            assert shipped == about_of(name).schedulers[sampler]

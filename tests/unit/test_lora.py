@@ -352,7 +352,13 @@ def test_the_adapter_alone_loads_in_the_stock_teacher_and_gives_the_same(
 ) -> None:
     """At guidance scale 1, as its card says: a plain teacher guides by itself, a student's pipeline does not."""
     folder = Path(finished.recipe.run.out) / "lora"
-    assert sorted(p.name for p in folder.iterdir()) == ["fastgen.json", export.LORA, "scheduler"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md",
+        "fastgen.json",
+        export.LORA,
+        "samples.png",
+        "scheduler",
+    ]
     teacher = StableDiffusionPipeline.from_pretrained(world / "teacher")
     teacher.scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
     plain = stock_call(teacher, guidance_scale=1.0)

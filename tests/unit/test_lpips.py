@@ -278,6 +278,15 @@ def test_images_of_less_than_256_pixels_are_resized_first(
         torch.testing.assert_close(pixels, expected)
 
 
+def test_of_videos_it_is_the_mean_over_the_frames(world: tuple[Path, Any]) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.rand(2, 3, 4, 16, 16, generator=g) * 2 - 1 for _ in range(2))
+    family = replace(conv_family(), decode=lambda latents: latents, image_size=(16, 16))
+    found = distance.of_images(Perceptual(str(world[0]), 0), family)
+    frames = torch.stack([found(x[:, :, i], y[:, :, i]) for i in range(4)])
+    torch.testing.assert_close(found(x, y), frames.mean(0))
+
+
 def test_images_too_small_for_vgg16_are_refused(world: tuple[Path, Any]) -> None:
     with pytest.raises(ValueError, match=r"images of 8 pixels: LPIPS needs 16; set lpips\.size 16 or more"):
         distance.of_images(Perceptual(str(world[0]), 0), seeing(conv_family(), 8))

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, DDPMScheduler
 
+from fastgen.pipelines.vp import KINDS
+from fastgen.prediction import Kind, Prediction, combine
+from fastgen.sampling import ddim
 from fastgen.schedule import Flow, Level, Schedule, TabulatedVP, add_noise
 from tests.oracle import schedules, sd_schedule
 
@@ -113,7 +119,8 @@ def test_levels_are_differentiable_in_t() -> None:
         ([[0.9, 0.1]], r"at least 2 numbers, got shape \(1, 2\)"),
         ([0.9, 0.9, 0.1], "must fall strictly"),
         ([1.0, 0.5], "stay within"),
-        ([0.9, 0.5, 0.0], "rescale_betas_zero_snr teachers are not supported yet"),
+        ([0.9, 0.0, 0.0], "must fall strictly"),
+        ([0.5, 0.1, -0.1], "stay within"),
         ([0.1, 0.9], r"got 0\.1 \.\.\. 0\.9"),
     ],
 )
@@ -122,6 +129,91 @@ def test_a_bad_table_is_refused(table: list, message: str) -> None:
         TabulatedVP(table)
 
 
-def test_a_zero_terminal_snr_scheduler_is_refused() -> None:
-    with pytest.raises(ValueError, match="not supported yet"):
-        TabulatedVP(DDIMScheduler(rescale_betas_zero_snr=True).alphas_cumprod)
+# A table that ends in nothing but noise
+
+
+def to_noise() -> TabulatedVP:
+    return TabulatedVP(DDIMScheduler(**SD, rescale_betas_zero_snr=True).alphas_cumprod)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler(**SD, rescale_betas_zero_snr=True),
+        CogVideoXDDIMScheduler(rescale_betas_zero_snr=True, snr_shift_scale=3.0),
+    ],
+    ids=["ddim", "cogvideox"],
+)
+def test_a_table_may_end_in_exactly_zero(scheduler: Any) -> None:
+    table = scheduler.alphas_cumprod.double()
+    assert table[-1] == 0
+    level = TabulatedVP(table)(torch.arange(len(table)))
+    torch.testing.assert_close(level.alpha.square(), table, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(level.sigma.square(), 1 - table, rtol=1e-9, atol=1e-15)
+    assert (level.alpha[-1].item(), level.sigma[-1].item()) == (0, 1)
+
+
+def test_before_a_last_zero_the_angle_grows_evenly() -> None:
+    schedule = to_noise()
+    t = 998 + torch.linspace(0, 1, 5, dtype=torch.float64)
+    level = schedule(t)
+    angle = torch.atan2(level.sigma, level.alpha)
+    torch.testing.assert_close(angle.diff(), (math.pi / 2 - angle[0]).expand(4) / 4)
+    torch.testing.assert_close(level.alpha**2 + level.sigma**2, torch.ones(5, dtype=torch.float64))
+    assert (level.log_snr.diff() < 0).all()
+    assert level.log_snr[-1] == -math.inf
+    below = schedule(torch.tensor([998 - 1e-9, 998 + 1e-9], dtype=torch.float64))  # no jump where they meet
+    torch.testing.assert_close(below.alpha[0], below.alpha[1], rtol=1e-6, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_derivatives_up_to_a_last_zero_are_exact_and_finite() -> None:
+    schedule = to_noise()
+    t = torch.tensor([3.5, 997.5, 998.0, 998.25, 998.999, 999.0], dtype=torch.float64)
+    _, found = torch.func.jvp(lambda t: (schedule(t).alpha, schedule(t).sigma), (t,), (torch.ones_like(t),))
+    level = schedule(t)
+    torch.testing.assert_close((level.d_alpha, level.d_sigma), found, rtol=1e-10, atol=1e-14)
+    assert level.d_alpha[-1] < 0
+    leaf = t.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(schedule(leaf).alpha.sum(), leaf)
+    torch.testing.assert_close(gradient, level.d_alpha)
+
+
+def test_up_to_the_entry_before_a_last_zero_all_is_as_without_it() -> None:
+    """To the bit: what the last interval needs touches no other."""
+    whole = to_noise()
+    without = TabulatedVP(whole.alphas_cumprod[:-1])
+    t = torch.linspace(0, 997.999, 501, dtype=torch.float64)
+    ours, theirs = whole(t), without(t)
+    for name in ("alpha", "sigma", "d_alpha", "d_sigma"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
+@pytest.mark.parametrize("kind", ["v", "x0", "flow"])
+def test_at_pure_noise_a_prediction_still_names_the_image(kind: Kind) -> None:
+    """The noise is x_t itself; the image is what the network says."""
+    g = torch.Generator().manual_seed(0)
+    x0, eps = (torch.randn(2, 3, 4, 4, generator=g) for _ in range(2))
+    schedule, t = to_noise(), torch.tensor([999.0, 998.5])
+    x_t = add_noise(schedule, x0, eps, t)
+    assert torch.equal(x_t[0], eps[0])
+    at = schedule(t).like(x_t)
+    found = Prediction(combine(kind, x0, eps, at), kind, x_t, at)
+    torch.testing.assert_close(found.x0, x0, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.eps, eps, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+def test_our_steps_from_pure_noise_are_those_of_diffusers(kind: str) -> None:
+    scheduler = DDIMScheduler(
+        **SD, rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False, prediction_type=kind
+    )
+    scheduler.set_timesteps(4)
+    schedule, x = to_noise(), torch.randn(1, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    ours, theirs = x, x
+    for t, r in zip(scheduler.timesteps, [*scheduler.timesteps[1:], None], strict=True):
+        theirs = scheduler.step(theirs.sin(), t, theirs).prev_sample
+        at = schedule(t[None].float()).like(ours)
+        pred = Prediction(ours.sin(), KINDS[kind], ours, at)
+        ours = pred.x0 if r is None else ddim(pred, r[None].float(), schedule, lambda: x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
