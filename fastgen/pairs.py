@@ -30,7 +30,7 @@ from .recipe import Chosen, Model
 from .rng import Noise
 from .sampling import ddim, ddim_times, sample
 from .schedule import Schedule
-from .train import check_guided_once, load_teacher, progress
+from .train import at_own_scale, check_guided_once, load_teacher, progress
 
 log = logging.getLogger("fastgen")
 
@@ -113,6 +113,7 @@ def make(recipe: Recipe, device: torch.device | None = None) -> int:
     device, chosen = device or PartialState().device, recipe.pairs
     check_guided_once(recipe.model, config.encode(chosen), "pairs")
     family, module = load_teacher(recipe.model, chosen.precision, device)
+    check_guided_once(at_own_scale(recipe.model, family), config.encode(chosen), "pairs")
     check_path(family.denoiser.schedule, chosen.num_steps, chosen.path)
     source: Source = registry.find("source", recipe.data.name).open(recipe.data.options, family.image_size)
     prompts = [source.item(i).prompt for i in range(chosen.number)]

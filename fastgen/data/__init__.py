@@ -14,6 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from ..family import Family
+from .skipped import Skipped as Skipped
+from .skipped import Unreadable as Unreadable
 
 
 @dataclass(frozen=True)
@@ -68,4 +70,41 @@ class PairSource(Source, Protocol):
 
     def pairs(self, indices: Sequence[int], times: Sequence[float]) -> tuple[Tensor, Tensor, Mapping[float, Tensor]]:
         """Of these items: x0, eps and, by time, the states between: [B, ...] each, float32."""
+        ...
+
+
+@runtime_checkable
+class Listed(Protocol):
+    """A source whose items have numbers of their own, gone through in the order of ``prompts.shuffled``."""
+
+    @property
+    def seed(self) -> int:
+        """Of the order."""
+        ...
+
+    def read(self, number: int) -> Item:
+        """The item of this number, below the source's length. Raises Unreadable."""
+        ...
+
+    def digest(self) -> str:
+        """Of what is listed: where it differs the items do."""
+        ...
+
+
+@runtime_checkable
+class Skips(Protocol):
+    """A source that passes over what cannot be read."""
+
+    @property
+    def skipped(self) -> Skipped:
+        """What it has passed over."""
+        ...
+
+
+@runtime_checkable
+class LatentSource(Protocol):
+    """A source whose images are encoded already."""
+
+    def latents(self, indices: Sequence[int]) -> Tensor:
+        """Of these items, as the denoiser sees them: [B, ...], float32."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..denoiser import Cond
 from ..family import Family
 from ..method import Batch
-from . import PairSource, Source
+from . import Item, LatentSource, PairSource, Source
 
 _CACHED_PROMPTS = 4096  # of SD 1.5 these are 1 GiB of embeddings
 
@@ -66,15 +66,20 @@ class Batches:
         prompts, x0 = [self._prompts[s] for s in known], None
         if self._images and self._pairs is None:
             if items:
-                fresh = self._family.encode(pixels([item.image for item in items.values()]))
+                fresh = self._encoded(items)
                 self._latents |= dict(zip(items, fresh, strict=True))
             x0 = torch.stack([self._latents[s] for s in known])
         if self._pairs is None:
             return Batch(list(samples), self._cond(prompts), self._uncond, x0)
-        device = next(iter(self._uncond.values())).device
+        device = next(self._family.denoiser.network.parameters()).device
         x0, eps, path = self._pairs.pairs(known, self._times)
         path = {t: x_t.to(device) for t, x_t in path.items()}
         return Batch(list(samples), self._cond(prompts), self._uncond, x0.to(device), eps.to(device), path)
+
+    def _encoded(self, items: Mapping[int, Item]) -> Tensor:
+        if isinstance(self._source, LatentSource):
+            return self._source.latents(list(items)).to(next(self._family.denoiser.network.parameters()).device)
+        return self._family.encode(pixels([item.image for item in items.values()]))
 
     def _cond(self, prompts: Sequence[str]) -> Cond:
         new = sorted({p for p in prompts if p not in self._conds})
@@ -85,13 +90,18 @@ class Batches:
             rows = self._family.encode_prompts(new)
             for i, prompt in enumerate(new):
                 self._conds[prompt] = {name: value[i] for name, value in rows.items()}
-        return {name: torch.stack([self._conds[p][name] for p in prompts]) for name in self._uncond}
+        return {name: torch.stack([self._conds[p][name] for p in prompts]) for name in self._conds[prompts[0]]}
 
 
 def pixels(images: Sequence[np.ndarray | None]) -> Tensor:
     """uint8 [H, W, 3] each -> float [B, 3, H, W] in [-1, 1]."""
     stacked = np.stack([image for image in images if image is not None])
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def still(pixels: Tensor) -> Tensor:
+    """Images as they are, of videos the middle frame: [B, 3, H, W] or [B, 3, F, H, W] -> [B, 3, H, W]."""
+    return pixels if pixels.ndim == 4 else pixels[:, :, pixels.shape[2] // 2]
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ class Prompts:
 
     def __init__(self, config: Config) -> None:
         """Read the file. Raises ValueError if it is missing, empty or malformed."""
-        self._prompts, self._seed = read(Path(config.path)), config.seed
+        self._prompts, self.seed = read(Path(config.path)), config.seed
         self.candidates = list(dict.fromkeys(self._prompts))
 
     def concept(self, prompt: str) -> str:
@@ -41,7 +42,15 @@ class Prompts:
 
     def item(self, index: int) -> Item:
         """A prompt without a picture."""
-        return Item(self._prompts[shuffled(index, len(self), self._seed)])
+        return self.read(shuffled(index, len(self), self.seed))
+
+    def read(self, number: int) -> Item:
+        """The prompt in this line."""
+        return Item(self._prompts[number])
+
+    def digest(self) -> str:
+        """Of all prompts."""
+        return blake2b(repr(self._prompts).encode(), digest_size=16).hexdigest()
 
 
 def shuffled(index: int, n: int, seed: int) -> int:
