@@ -169,14 +169,16 @@ class Inception:
         }
 
 
-def inception_file(given: str | None) -> str:
-    """Where InceptionV3's weights are: a file or its folder, else $FASTGEN_WEIGHTS_DIR, else ~/.cache/fastgen.
-
-    Raises ValueError if there is no such file.
-    """
+def inception_place(given: str | None) -> Path:
+    """The file of InceptionV3's weights: given or in its folder, else in $FASTGEN_WEIGHTS_DIR or ~/.cache/fastgen."""
     default = os.environ.get("FASTGEN_WEIGHTS_DIR") or Path.home() / ".cache" / "fastgen"
     place = Path(given or default)
-    file = place if place.suffix == ".pt" else place / INCEPTION
+    return place if place.suffix == ".pt" else place / INCEPTION
+
+
+def inception_file(given: str | None) -> str:
+    """Where InceptionV3's weights are. Raises ValueError if there is no such file."""
+    file = inception_place(given)
     if not file.is_file():
         raise ValueError(f"{file}: no InceptionV3 weights; put {INCEPTION_URL} there, or set eval.clip")
     if file.name != INCEPTION:

@@ -161,4 +161,7 @@ def image_size(folder: Path) -> tuple[int, int]:
     network = pipeline.components.get("unet") or pipeline.components["transformer"]
     side: int | Sequence[int] = network.config.sample_size
     height, width = (side, side) if isinstance(side, int) else side
-    return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
+    vae, factor = pipeline.components.get("vae"), vars(pipeline).get("vae_scale_factor")
+    if factor is None:  # in pixel space, and DiTPipeline
+        factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    return height * factor, width * factor

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen import calls
+
 from .context import Context
 
 WARMUP = 1
@@ -36,9 +38,9 @@ def measure(
     seconds = []
     with counted(pipeline) as rows, peak_memory(pipeline.device) as peak:
         for i in range(1 + warmup + repeats):
-            generator = torch.Generator().manual_seed(i)
+            generator, prompt = torch.Generator().manual_seed(i), calls.prompted(pipeline, prompts[i % len(prompts)])
             began = time.perf_counter()
-            _ = pipeline(prompt=prompts[i % len(prompts)], generator=generator, **arguments).images[0]
+            _ = pipeline(**prompt, generator=generator, **arguments).images[0]
             seconds.append(time.perf_counter() - began)
     timed = seconds[1 + warmup :]
     return {

@@ -20,7 +20,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from fastgen import parallel, registry
+from fastgen import calls, parallel, registry
 from fastgen.checkpoint import write_text
 from fastgen.data import Source
 from fastgen.export import from_pretrained, read_card
@@ -179,17 +179,17 @@ def generate(
         raise ValueError("no prompts to make images from; give at least one")
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}")
-    call = arguments(steps, guidance_scale)
+    call = arguments(pipeline, steps, guidance_scale)
     for start in range(0, len(prompts), batch_size):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
-        made = pipeline(prompt=list(prompts[start : start + batch_size]), generator=generators, **call).images
+        given = calls.prompted(pipeline, prompts[start : start + batch_size])
+        made = pipeline(**given, generator=generators, **call).images
         yield torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in made])).permute(0, 3, 1, 2)
 
 
-def arguments(steps: int | None, guidance_scale: float | None) -> dict[str, Any]:
-    """Keyword arguments of a pipeline's call; None leaves the pipeline its default."""
-    given = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-    return {name: value for name, value in given.items() if value is not None}
+def arguments(pipeline: Any, steps: int | None, guidance_scale: float | None) -> dict[str, Any]:
+    """Keyword arguments of a pipeline's call; None leaves the pipeline its default. Some take no guidance scale."""
+    return calls.settled(pipeline, {"num_inference_steps": steps, "guidance_scale": guidance_scale})
 
 
 def open_pipeline(pipeline: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
@@ -208,7 +208,10 @@ def open_pipeline(pipeline: Any, dtype: torch.dtype, device: torch.device | str)
 
 
 def resolved(subject: Subject, pipeline: Any) -> Subject:
-    """The subject with steps and guidance filled in: its own, else the student's card, else the call's defaults."""
+    """The subject with steps and guidance filled in: its own, else the student's card, else the call's defaults.
+
+    A pipeline whose call takes no guidance scale has none, whatever they say.
+    """
     import inspect
 
     is_folder = isinstance(subject.pipeline, str | Path)
@@ -218,11 +221,8 @@ def resolved(subject: Subject, pipeline: Any) -> Subject:
     def first(own: Any, name: str) -> Any:
         return own if own is not None else card.get(name, defaults.get(name))
 
-    return replace(
-        subject,
-        steps=first(subject.steps, "num_inference_steps"),
-        guidance_scale=first(subject.guidance_scale, "guidance_scale"),
-    )
+    guidance = first(subject.guidance_scale, "guidance_scale") if calls.takes(pipeline, "guidance_scale") else None
+    return replace(subject, steps=first(subject.steps, "num_inference_steps"), guidance_scale=guidance)
 
 
 def slug(name: str) -> str:
@@ -313,7 +313,7 @@ def _subject_row(
 ) -> Row:
     settings = _settings(subject, pipeline, config, prompts)
     folder = None if keep is None else _opened(keep / slug(subject.name), settings)
-    call = arguments(subject.steps, subject.guidance_scale)
+    call = arguments(pipeline, subject.steps, subject.guidance_scale)
     used = metrics(config.metrics, replace(context, call=Call(pipeline, call, config.repeats)))
     shown: dict[int, Tensor] = {}
     for part in _shares(range(len(prompts)), config.batch_size):
@@ -344,17 +344,18 @@ def _settings(subject: Subject, pipeline: Any, config: EvalConfig, prompts: Sequ
         "pipeline": type(pipeline).__name__,
         "weights": fingerprint(modules),
         "scheduler": type(scheduler).__name__,
-        "scheduler_config": _digest(json.dumps(noise, sort_keys=True, default=str)),
+        "scheduler_config": digest(json.dumps(noise, sort_keys=True, default=str)),
         "steps": subject.steps,
         "guidance_scale": subject.guidance_scale,
         "seed": config.seed,
         "seeds": f"image i: blake2b of ({config.seed}, i), a CPU generator each",
-        "prompts": _digest("\n".join(prompts)),
+        "prompts": digest("\n".join(prompts)),
         "dtype": config.dtype,
     }
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -113,6 +114,35 @@ def shipped_configs() -> dict[str, Path]:
 
 
 @app.command()
+def cache(
+    config: Annotated[
+        Path, typer.Argument(help="A YAML config with model: and data: {source: cached, path: ..., of: {...}}.")
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Encode the images and prompts of a training run, once; it then needs no text encoder and no VAE."""
+    from .config import override, read
+
+    tree = override(read(find_config(config)), overrides or [])
+    from .cache import decode, make
+
+    recipe, evaluation = decode(tree, str(config)), tree.get("eval", {})
+
+    def quick(image_size: tuple[int, int]) -> list[str]:
+        """The prompts of quick evaluations, which are others."""
+        if not (evaluation and evaluation.get("every")):
+            return []
+        from .evaluation.judge import reference, settings
+
+        chosen = settings(evaluation, str(config))
+        source = reference(chosen, image_size, str(config))
+        return [source.item(i).prompt for i in range(chosen.num_images_training)]
+
+    items, prompts = make(recipe, quick)
+    say(f"{recipe.options.path} is whole; made now: {items} items, {prompts} prompts")
+
+
+@app.command()
 def pairs(
     config: Annotated[
         Path, typer.Argument(help="A YAML config with model:, data: (whose prompts are used) and pairs: sections.")
@@ -133,8 +163,10 @@ def pairs(
 @app.command()
 def generate(
     pipeline: Annotated[str, typer.Argument(help="A pipeline folder or Hub id.")],
-    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; may be given several times.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNGs.")] = Path("images"),
+    prompt: Annotated[
+        list[str], typer.Option("--prompt", "-p", help="What to draw, or a class; may be given several times.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNGs, WebPs of videos.")] = Path("images"),
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; a student knows its own.")] = None,
     guidance_scale: Annotated[
         float | None, typer.Option(help="A student needs none; 1.0 is off. With --teacher it is the teacher's.")
@@ -165,13 +197,19 @@ def generate(
         str | None, typer.Option(help="Pipeline that takes the first of a student's intervals, for diversity.")
     ] = None,
     teacher_steps: Annotated[int, typer.Option(min=1, help="With --teacher: its steps from noise to image.")] = 20,
+    height: Annotated[int | None, typer.Option(min=1, help="Of an image in pixels; the pipeline's own.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Of an image in pixels; the pipeline's own.")] = None,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="Of a video; the pipeline's own.")] = None,
+    fps: Annotated[float, typer.Option(min=1, help="Frames of a video a second.")] = 16.0,
 ) -> None:
-    """Make images with a pipeline, distilled or not."""
+    """Make images or videos with a pipeline, distilled or not."""
     import contextlib
+    import inspect
 
     import torch
     from accelerate import PartialState
 
+    from . import calls
     from .export import load, read_card
     from .pipelines import guiders
     from .recipe import DTYPES, locate
@@ -192,10 +230,23 @@ def generate(
         if guidance_scale is not None and guidance_scale <= 1:
             raise ValueError(f"a negative prompt does nothing at guidance scale {guidance_scale:g}; give more than 1")
     pipe = load(path, dtype=DTYPES[dtype])
+    if num_frames is not None and "num_frames" not in inspect.signature(type(pipe).__call__).parameters:
+        raise ValueError(f"{pipeline}: is a {type(pipe).__name__}, which makes images; leave out --num-frames")
     pipe.set_progress_bar_config(disable=True)
     pipe.to(state.device)
-    given = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
-    call = {name: value for name, value in given.items() if value is not None}
+    given = {
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+    }
+    call = calls.settled(pipe, given)
+    for name, value in given.items():
+        if value is not None and name not in call:
+            raise ValueError(f"{pipeline}: is a {type(pipe).__name__}, whose call takes no {name}; leave it out")
+    told = [calls.prompted(pipe, text) for text in prompt]
     out.mkdir(parents=True, exist_ok=True)
     wanted = [(number, index) for number in range(len(prompt)) for index in range(num_images)]
     mine, counts = wanted[state.process_index :: state.num_processes], []
@@ -210,12 +261,23 @@ def generate(
             call = chosen.call() | call
         for number, index in mine:
             generator = torch.Generator().manual_seed(seed_of(seed, index))
-            image = pipe(prompt[number], generator=generator, **call).images[0]
-            file = out / f"{number:04d}_{index:02d}.png"
-            image.save(file)
+            torch.manual_seed(seed_of(seed, index, "steps"))  # some hand no generator to a scheduler that draws noise
+            made = pipe(**told[number], generator=generator, output_type="pil", **call)[0][0]  # an image, or frames
+            file = save_frames(made if isinstance(made, list) else [made], out / f"{number:04d}_{index:02d}", fps)
             typer.echo(f"{file}  {prompt[number]}")
     if counts and mine:
         say(f"{counts[0].evaluations / len(mine):.4g} network evaluations an image")
+
+
+def save_frames(frames: list[Any], stem: Path, fps: float) -> Path:
+    """PIL images -> the file: one frame as a PNG, more as an animated WebP that begins anew without end."""
+    if len(frames) == 1:
+        file = stem.with_name(f"{stem.name}.png")
+        frames[0].save(file)
+        return file
+    file = stem.with_name(f"{stem.name}.webp")
+    frames[0].save(file, save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0, quality=90)
+    return file
 
 
 @app.command()
@@ -287,35 +349,94 @@ def report(
     say(f"{written}")
 
 
+Push = Annotated[
+    str, typer.Option(metavar="REPO", help="Upload it to this repository of the Hub; the token is your login's.")
+]
+Licence = Annotated[str, typer.Option("--license", help="Of the base, where its own README.md says none.")]
+Private = Annotated[bool, typer.Option("--private", help="With --push-to-hub: make the repository a private one.")]
+
+
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     out: Annotated[Path | None, typer.Option(help="Where to; the run's own pipeline/ if not given.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Which checkpoint; the newest if not given.")] = None,
-    save_dtype: Annotated[
-        Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Of the weights on disk; the config's if not given.")
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Which checkpoint, by its steps or its folder; the newest if not given.")
     ] = None,
+    form: Annotated[
+        Literal["pipeline", "component", "lora"],
+        typer.Option("--as", help="component: the network alone, with its scheduler; lora: the adapter it trained."),
+    ] = "pipeline",
+    save_dtype: Annotated[
+        Literal["fp32", "fp16", "bf16"] | None,
+        typer.Option("--dtype", "--save-dtype", help="Of the weights on disk; the config's if not given."),
+    ] = None,
+    variant: Annotated[
+        Literal["fp16", "bf16"] | None, typer.Option(help="Files in this precision, besides those in float32.")
+    ] = None,
+    license_: Licence = "",
+    push_to_hub: Push = "",
+    private: Private = False,
 ) -> None:
-    """Write a run's student as a Diffusers pipeline; it must first give what the trainer's sampler gives."""
+    """Write a run's student for Diffusers, with a model card; it must first give what the trainer's sampler gives."""
+    from functools import partial
+
     from . import checkpoint as checkpoints
+    from . import publish
     from . import recipe as recipes
     from .config import override, read
+    from .evaluation.judged import judged
     from .train import build, export_run
 
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{run}: not a run folder (no config.yaml)")
+    if push_to_hub:
+        publish.check_repo(push_to_hub)
     changes = [f"run.save_dtype={save_dtype}"] if save_dtype else []
     recipe = recipes.decode(override(read(run / "config.yaml"), changes), str(run / "config.yaml"))
+    wanted = publish.Wanted(form, variant or "", license_, push_to_hub, results=partial(judged, run))
+    publish.check(recipe, wanted)
     found = checkpoints.all_checkpoints(run)
     if checkpoint is None and not found:
         raise ValueError(f"{run}: holds no checkpoint yet")
-    chosen = checkpoint or found[-1]
-    checkpoints.read_state(chosen)
+    by_steps = checkpoint is not None and checkpoint.isdecimal()
+    named = run / f"checkpoint-{checkpoint}" if by_steps else Path(checkpoint or found[-1])
+    checkpoints.read_state(named)
     session = build(recipe)
-    checkpoints.load(chosen, session.engine, session.ema)
+    steps_done = checkpoints.load(named, session.engine, session.ema)
+    folder = out or run / form
     if is_main():
-        export_run(session, out or run / "pipeline")
-    say(f"{out or run / 'pipeline'} written from {chosen.name}")
+        export_run(session, folder, dataclasses.replace(wanted, steps_done=steps_done))
+    say(f"{folder} written from {named.name}")
+    if push_to_hub and is_main():
+        say(publish.push(folder, push_to_hub, private))
+
+
+@app.command(name="extract-lora")
+def extract_lora(
+    base: Annotated[str, typer.Argument(help="A pipeline folder: what the LoRA file will be loaded into.")],
+    student: Annotated[str, typer.Argument(help="A pipeline folder of its family, or a component's.")],
+    out: Annotated[Path, typer.Option(help="Folder for the LoRA file, the scheduler and the model card.")],
+    rank: Annotated[int, typer.Option(min=1, help="Of each layer's part of the difference.")] = 64,
+    leave_out: Annotated[
+        bool, typer.Option("--leave-out", help="Go on without the differences that no LoRA file holds.")
+    ] = False,
+    save_dtype: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option("--dtype", help="Of the LoRA file.")] = "fp32",
+    license_: Licence = "",
+    push_to_hub: Push = "",
+    private: Private = False,
+) -> None:
+    """Make a LoRA file of the difference of two checkpoints, and say how much of it the file keeps."""
+    from . import extract, publish, tables
+
+    if push_to_hub:
+        publish.check_repo(push_to_hub)
+    options = extract.Options(rank, leave_out, save_dtype, license_, push_to_hub)
+    kept = extract.extract(base, student, out, options)
+    tables.show(("module", "layers", "kept"), extract.table(kept))
+    say(f"{out} keeps {kept.share:.2%} of the squared Frobenius norm of the difference")
+    if push_to_hub:
+        say(publish.push(out, push_to_hub, private))
 
 
 @app.command(name="list")
@@ -355,8 +476,6 @@ def list_(
 
 def about_of(module: object) -> dict[str, Any]:
     """What a method's module says of itself under ABOUT; empty for what is no method."""
-    import dataclasses
-
     about = vars(module).get("ABOUT")
     return dataclasses.asdict(about) if about else {}
 
@@ -374,6 +493,59 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Rows for a mach
             typer.echo(f"{'ok ' if row['ok'] else '-- '}{row['what']:<28}{row['found']}")
     if not all(row["ok"] for row in rows if row["needed"]):
         raise typer.Exit(1)
+
+
+@app.command()
+def estimate(
+    config: Annotated[Path, typer.Argument(help="A YAML config of a training; no weights are needed.")],
+    overrides: Overrides = None,
+    form: Annotated[
+        Literal["own", "whole", "adapters", "shared", "all"], typer.Option(help="Of the student; own: the config's.")
+    ] = "all",
+    precision: Annotated[Literal["fp32", "bf16", "both"], typer.Option(help="fp16 takes as much as bf16.")] = "both",
+    device: Annotated[
+        Literal["cuda", "cpu"], typer.Option(help="Whose kernels it is for; no such device is needed.")
+    ] = "cuda",
+    as_json: Annotated[bool, typer.Option("--json", help="Rows for a machine.")] = False,
+) -> None:
+    """Tell what a training would hold and compute, by role, and which graphics cards have room for it."""
+    from .config import override, read
+
+    tree = override(read(find_config(config)), overrides or [])
+    from . import estimate as estimates
+    from . import memory as memories
+    from . import tables
+
+    forms = list(memories.FORMS) if form == "all" else [form]
+    precisions = estimates.PRECISIONS if precision == "both" else [precision]
+    rows = estimates.rows(tree, str(config), str(config), forms, precisions, device)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    for line in estimates.told(rows):
+        typer.echo(line)
+    tables.show(*estimates.table(rows), estimates.WORDS)
+
+
+@app.command()
+def prefetch(
+    config: Annotated[Path, typer.Argument(help="A YAML config of a training.")],
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what is needed and download nothing.")] = False,
+) -> None:
+    """Download all that a training needs from the Hub, and check what must be here already."""
+    from .config import override, read
+
+    tree = override(read(find_config(config)), overrides or [])
+    from . import prefetch as prefetching
+    from . import recipe as recipes
+
+    for need in prefetching.needs(recipes.decode(tree, str(config))):
+        if dry_run:
+            state = "from the Hub" if need.downloads else "here" if need.there else f"missing; {need.remedy}"
+        else:
+            state = prefetching.fetch(need)
+        say(f"{need.key}: {need.path}  {state}")
 
 
 @bench.command()

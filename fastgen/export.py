@@ -10,9 +10,10 @@ import functools
 import importlib
 import inspect
 import json
+import re
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import calls
 from .checkpoint import atomic_folder
 from .family import Family
 from .guidance import with_guidance
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 CARD = "fastgen.json"
 """Beside model_index.json: what the student is and how it is called."""
-DEFAULTS = ("num_inference_steps", "guidance_scale", "height", "width")
+DEFAULTS = ("num_inference_steps", "guidance_scale", "height", "width", "num_frames")
 """What a card says of a student's own call."""
 USE = "DiffusionPipeline.from_pretrained(folder, trust_remote_code=True), or fastgen.load(folder)"
 """What the card says of a pipeline that brings code, a component that Diffusers does not have."""
@@ -42,6 +44,17 @@ TOLERANCE = 1e-4
 """Largest difference between pipeline and sampler, as a share of the latents' largest value, in float32."""
 HALF_TOLERANCE = 0.1
 """The same where the weights on disk were rounded to half precision."""
+VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+"""Names of files in half precision beside those in float32, as Diffusers' ``variant`` takes them."""
+
+Opened = Callable[..., Any]
+"""(dtype=, variant=) -> the pipeline of a folder, from the disk."""
+Finish = Callable[[Path, Any, Opened], None]
+"""(folder, its pipeline in memory, its pipeline from the disk): writes what else belongs into it, past the gate."""
+
+
+def nothing_more(folder: Path, made: Any, opened: Opened) -> None:
+    """Write nothing more into an exported folder."""
 
 
 class ExportError(RuntimeError):
@@ -59,27 +72,126 @@ def export(
     dtype: torch.dtype = torch.float32,
     sampler: Sampler = "renoise",
     guidance_scale: float | None = None,
+    variant: str = "",
+    finish: Finish = nothing_more,
 ) -> float:
     """Write ``folder`` if it passes the gate and return the largest relative difference found.
 
     num_steps: of a student; None exports a teacher, whose pipeline keeps its scheduler. dtype: of the weights on
     disk; in half precision the gate runs again on the rounded weights. sampler: of a student. guidance_scale: of the
-    gate's call, where the network takes it as an input. Raises ExportError.
+    gate's call, where the network takes it as an input. variant: one of ``VARIANTS``, whose files are written besides
+    those in float32 and pass the gate, too; empty: none. Raises ExportError.
     """
     with atomic_folder(folder) as partial:
-        family.pipeline(fused(network), num_steps, sampler).save_pretrained(partial)
-        difference = _gate(partial, family, network, num_steps, sampler, guidance_scale, prompts, TOLERANCE)
-        if dtype != torch.float32:
-            _halve(partial, dtype)
-            _gate(partial, family, network, num_steps, sampler, guidance_scale, prompts, HALF_TOLERANCE)
+        made = family.pipeline(fused(network), num_steps, sampler)
+        made.save_pretrained(partial)
+        opened = functools.partial(from_pretrained, partial)
+        gate = functools.partial(_gate, opened, family, network, num_steps, sampler, guidance_scale, prompts)
+        difference = _through(gate, partial, dtype, variant)
         if _code(partial):
             card = card | {"use": USE}
+        if not calls.takes(made, "guidance_scale"):
+            card = {name: value for name, value in card.items() if name != "guidance_scale"}
         (partial / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+        finish(partial, made, opened)
+    return difference
+
+
+def export_component(
+    family: Family,
+    network: nn.Module,
+    num_steps: int | None,
+    folder: Path,
+    base: str,
+    *,
+    prompts: list[str],
+    card: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    sampler: Sampler = "renoise",
+    guidance_scale: float | None = None,
+    variant: str = "",
+    finish: Finish = nothing_more,
+) -> float:
+    """Write the network alone, as its pipeline names it, beside its scheduler, if the pipeline ``base`` takes both.
+
+    Plain Diffusers puts what was written in the place of ``base``'s own, and then the gate is that of ``export``, as
+    are the other arguments. Raises ExportError, or ValueError if Diffusers has no class for the network.
+    """
+    whole = fused(network)
+    made = family.pipeline(whole, num_steps, sampler)
+    parts: dict[str, Any] = components_of(made, whole)
+    for name, part in parts.items():
+        if not type(part).__module__.startswith("diffusers."):
+            raise ValueError(
+                f"the student's {name} is a {type(part).__name__}, whose code only a pipeline's folder brings along; "
+                "export it as a pipeline"
+            )
+    with atomic_folder(folder) as partial:
+        for name, part in parts.items():
+            part.save_pretrained(partial / name)
+        made.scheduler.save_pretrained(partial / "scheduler")
+        opened = functools.partial(with_parts, base, partial, {n: type(p) for n, p in parts.items()}, made)
+        gate = functools.partial(_gate, opened, family, network, num_steps, sampler, guidance_scale, prompts)
+        difference = _through(gate, partial, dtype, variant)
+        (partial / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+        finish(partial, made, opened)
+    return difference
+
+
+def components_of(pipeline: Any, network: nn.Module) -> dict[str, nn.Module]:
+    """Those parts of a pipeline that hold the network's weights, by name."""
+    own = {id(p) for p in network.parameters()}
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    return {name: part for name, part in parts.items() if any(id(p) in own for p in part.parameters())}
+
+
+def with_parts(
+    base: str,
+    folder: Path,
+    kinds: Mapping[str, Any],
+    made: Any,
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+) -> Any:
+    """The pipeline ``base`` with the parts of these classes, and the scheduler, that lie in a component's folder.
+
+    made: the student's whole pipeline, of which class and settings are.
+    """
+    parts = {
+        name: kind.from_pretrained(folder, subfolder=name, dtype=dtype, variant=variant)
+        for name, kind in kinds.items()
+    }
+    parts["scheduler"] = type(made.scheduler).from_pretrained(folder, subfolder="scheduler")
+    return type(made).from_pretrained(base, dtype=dtype, **parts, **settings_beside(made, base))
+
+
+def settings_beside(made: Any, base: str) -> dict[str, Any]:
+    """The settings of a student's pipeline that are not those of ``base``, as that it is a distilled one."""
+    from diffusers import DiffusionPipeline
+
+    theirs = DiffusionPipeline.load_config(base)
+    left_out = {*made.components, "requires_safety_checker"}  # whether images are checked is the base's to say
+    return {
+        name: value
+        for name, value in made.config.items()
+        if not name.startswith("_") and name not in left_out and value != theirs.get(name)
+    }
+
+
+def _through(gate: Callable[..., float], folder: Path, dtype: torch.dtype, variant: str) -> float:
+    """The difference in float32; then the same folder in ``dtype``, and with files of a variant, if they pass, too."""
+    difference = gate(TOLERANCE)
+    if dtype != torch.float32:
+        _halve(folder, dtype)
+        gate(HALF_TOLERANCE)
+    if variant:
+        _add_variant(folder, variant)
+        gate(HALF_TOLERANCE, variant)
     return difference
 
 
 def _gate(
-    folder: Path,
+    opened: Opened,
     family: Family,
     network: nn.Module,
     num_steps: int | None,
@@ -87,9 +199,10 @@ def _gate(
     guidance_scale: float | None,
     prompts: list[str],
     tolerance: float,
+    variant: str = "",
 ) -> float:
     try:
-        difference = _difference(folder, family, network, num_steps, sampler, guidance_scale, prompts)
+        difference = _difference(opened, family, network, num_steps, sampler, guidance_scale, prompts, variant)
     except Exception as error:
         raise ExportError(
             f"not exported: the saved pipeline does not run in plain Diffusers ({_short(error)})"
@@ -103,16 +216,21 @@ def _gate(
 
 
 def _difference(
-    folder: Path,
+    opened: Opened,
     family: Family,
     network: nn.Module,
     num_steps: int | None,
     sampler: Sampler,
     guidance_scale: float | None,
     prompts: list[str],
+    variant: str,
 ) -> float:
     device = next(network.parameters()).device
-    pipeline = from_pretrained(folder, dtype=torch.float32).to(device)
+    as_asked = {"dtype": VARIANTS[variant], "variant": variant} if variant else {"dtype": torch.float32}
+    pipeline = opened(**as_asked).to(device)
+    for part in pipeline.components.values() if variant else ():
+        if isinstance(part, torch.nn.Module):
+            torch.nn.Module.to(part, torch.float32)  # what was rounded stays so; Diffusers' own would warn of it
     pipeline.set_progress_bar_config(disable=True)
     scale = family.unguided if guidance_scale is None and num_steps is not None else guidance_scale
     with _same_noise(prompts) as generator:
@@ -127,11 +245,19 @@ def _difference(
 
 @contextmanager
 def _same_noise(prompts: Sequence[str]) -> Iterator[torch.Generator]:
-    """Within it all noise is the same each time, a call's own generator and torch's, whose state is kept."""
-    seed = seed_of("gate", *prompts)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield torch.Generator().manual_seed(seed)
+    """Within it all noise is the same each time, a call's own generator and torch's, whose state is kept.
+
+    And float32 is float32: on a GPU convolutions would round to TF32, so that adapters apart and fused differ by more
+    than the gate allows.
+    """
+    seed, rounds = seed_of("gate", *prompts), torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            yield torch.Generator().manual_seed(seed)
+    finally:
+        torch.backends.cudnn.allow_tf32 = rounds
 
 
 @torch.no_grad()
@@ -151,7 +277,7 @@ def drawn(
 
     def fresh() -> torch.Tensor:
         if family.step_noise == "global":
-            return torch.randn_like(x_t)
+            return family.global_noise(x_t)
         return torch.randn(x_t.shape, generator=generator).to(device)
 
     cond = family.encode_prompts(prompts)
@@ -178,6 +304,28 @@ def _halve(folder: Path, dtype: torch.dtype) -> None:
         save_file(tensors, file, metadata)
 
 
+def _add_variant(folder: Path, variant: str) -> None:
+    """Copy every safetensors file below ``folder`` in half precision, under the name that the libraries look for."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    for file in list(folder.rglob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+        rounded = {k: v.to(VARIANTS[variant]) if v.is_floating_point() else v for k, v in load_file(file).items()}
+        save_file(rounded, file.with_name(_variant_name(file.name, variant)), metadata)
+    for index in list(folder.rglob("*.safetensors.index.json")):  # of a network in several files
+        tree = json.loads(index.read_text(encoding="utf-8"))
+        tree["weight_map"] = {name: _variant_name(file, variant) for name, file in tree["weight_map"].items()}
+        name = f"{index.name.removesuffix('.json')}.{variant}.json"
+        index.with_name(name).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+
+
+def _variant_name(name: str, variant: str) -> str:
+    """As model.fp16.safetensors, or of one of several files model.fp16-00001-of-00002.safetensors."""
+    return re.sub(r"(-\d+-of-\d+)?\.safetensors$", rf".{variant}\g<0>", name)
+
+
 def export_adapter(
     family: Family,
     pipeline: Path,
@@ -191,6 +339,7 @@ def export_adapter(
     card: dict[str, Any],
     dtype: torch.dtype = torch.float32,
     starts: Sequence[float] = (),
+    finish: Finish = nothing_more,
 ) -> float:
     """Write a student's adapter alone as a LoRA file, with its scheduler, if the stock pipeline takes all of it.
 
@@ -200,13 +349,47 @@ def export_adapter(
     ``starts``, timesteps, on. base None: no stock pipeline takes them, and none is tried. Raises ExportError, with the
     keys that were dropped or added if there are any.
     """
+    opened = functools.partial(from_pretrained, pipeline)
+    return write_adapter(
+        family,
+        opened(dtype=torch.float32),
+        opened,
+        weights,
+        component,
+        base,
+        folder,
+        num_steps=num_steps,
+        prompts=prompts,
+        card=card,
+        dtype=dtype,
+        starts=starts,
+        finish=finish,
+    )
+
+
+def write_adapter(
+    family: Family,
+    made: Any,
+    opened: Opened,
+    weights: Sequence[dict[str, torch.Tensor]],
+    component: str,
+    base: str | None,
+    folder: Path,
+    *,
+    num_steps: int | None,
+    prompts: list[str],
+    card: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    starts: Sequence[float] = (),
+    finish: Finish = nothing_more,
+) -> float:
+    """The same for a pipeline ``made`` that is in memory; ``opened`` is told to ``finish``."""
     from safetensors.torch import save_file
 
     files = [LORA] if len(weights) == 1 else [f"expert_{k}.safetensors" for k in range(1, len(weights) + 1)]
     with atomic_folder(folder) as partial:
         for name, tensors in zip(files, weights, strict=True):
             save_file({k: v.to(dtype) for k, v in tensors.items()}, partial / name, {"format": "pt"})
-        made = from_pretrained(pipeline, dtype=torch.float32)
         made.scheduler.save_pretrained(partial / "scheduler")
         if base is None:
             difference = 0.0
@@ -214,6 +397,7 @@ def export_adapter(
             adapters = [partial / name for name in files]
             difference = _on_base(family, made, base, adapters, starts, component, num_steps, prompts, dtype)
         (partial / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+        finish(partial, made, opened)
     return difference
 
 
@@ -253,19 +437,20 @@ def _on_base(
             )
     stock.set_adapters(names[0])
 
+    times = family.student_times(num_steps) if num_steps is not None else []
+
     def switch(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        coming = [float(t) for t in pipeline.scheduler.timesteps[step + 1 :]]
+        coming = times[step + 1 :]
         if coming:
             pipeline.set_adapters(names[sum(coming[0] <= start for start in starts[1:])])
         return tensors
 
+    unguided = 1.0 if family.unguided is None else family.unguided
     latents: list[torch.Tensor] = []
     for called, more in ((made, {}), (stock, {"callback_on_step_end": switch} if starts else {})):
         called.set_progress_bar_config(disable=True)
         with _same_noise(prompts) as generator:
-            latents.append(
-                family.run(called, prompts, num_steps or 4, generator, family.unguided or 1.0, **more).float()
-            )
+            latents.append(family.run(called, prompts, num_steps or 4, generator, unguided, **more).float())
     difference = float((latents[0] - latents[1]).abs().max() / latents[0].abs().max().clamp(min=1e-3))
     allowed = TOLERANCE if dtype == torch.float32 else HALF_TOLERANCE
     if not difference <= allowed:
@@ -361,6 +546,11 @@ def _code(folder: Path) -> list[Path]:
     return [*folder.glob("*.py"), *folder.glob("*/*.py")]
 
 
+def brings_code(folder: Path) -> bool:
+    """Whether a pipeline's folder has code in it, which its user must trust."""
+    return bool(_code(folder))
+
+
 def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
     """Diffusers' own, with ``trust_remote_code`` where a folder brings code that is this fastgen's to the byte.
 
@@ -393,7 +583,7 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     with opening(path):
         pipeline = from_pretrained(path, **kwargs)
     card = read_card(Path(path))
-    defaults = {k: card[k] for k in DEFAULTS if k in card}
+    defaults = calls.settled(pipeline, {k: card.get(k) for k in DEFAULTS}) | card.get("call", {})
     if defaults:
         stock = type(pipeline)
 

@@ -29,6 +29,7 @@ class Model:
     path: str = option(help="a pipeline folder, `assets:...`, or a Hub id")
     family: str = option("", "as `fastgen list families` names them; empty: the one of the pipeline's class")
     image_size: tuple[int, int] | None = option(None, "height and width in pixels; null: the pipeline's own", low=1)
+    num_frames: int | None = option(None, "of a video; null: the pipeline's own", low=1)
     attention: Literal["auto", "eager", "sdpa", "xformers", "flash"] = option("auto", "kernel of the attention layers")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     compile: bool = option(False, "torch.compile the networks; slow to start, faster after")

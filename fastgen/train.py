@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,11 +19,15 @@ import yaml
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from . import attention, checkpoint, export, lora, parallel, process, registry, tracking
+from . import attention, checkpoint, config, export, lora, parallel, process, publish, registry, tracking
 from . import recipe as recipes
+from .card import Facts, model_card
 from .checkpoint import CheckpointError
-from .data import PairSource, Source
-from .data.batches import Batches, to_uint8
+from .data import PairSource, Skips, Source
+from .data.batches import Batches, still, to_uint8
+from .data.cached import Cached, described
+from .data.cached import Config as CachedData
+from .data.skipped import SKIPPED
 from .denoiser import guided
 from .ema import EMA
 from .engine import Engine, Logs
@@ -29,6 +35,7 @@ from .experts import Experts, members
 from .family import Family
 from .guidance import student_guidance, with_guidance
 from .method import Method, NeedsPairs
+from .publish import Wanted
 from .recipe import DTYPES, Model, Recipe
 from .rng import Noise
 from .sampling import ddim, ddim_times, sample, sample_student
@@ -40,7 +47,7 @@ GRID = 16
 TEACHER_STEPS = 30
 """DDIM steps of a sample grid where a teacher is trained."""
 USE = (
-    "load_lora_weights on base_model, take the scheduler of this folder, and call with guidance_scale 1: "
+    "load_lora_weights on base_model, take the scheduler of this folder, and call with guidance_scale {:g}: "
     "unlike the exported pipeline, a plain teacher does not skip guidance by itself"
 )
 """What the card of a LoRA file says."""
@@ -65,6 +72,11 @@ class Session:
     ema: dict[str, EMA]
     attention: str
 
+    @property
+    def shows(self) -> bool:
+        """Whether it can make pictures: a VAE is in memory."""
+        return "vae" not in encoders_left_out(self.recipe)
+
     def weights(self) -> contextlib.AbstractContextManager[None]:
         """Within it the exported network holds the weights that will be exported."""
         average = self.ema.get(self.method.exported)
@@ -74,7 +86,8 @@ class Session:
     def images(self, prompts: Sequence[str], samples: Sequence[int]) -> Tensor:
         """What the exported network makes of the prompts by the trainer's own sampler: uint8 [B, 3, H, W].
 
-        samples: numbers that key each picture's noise. Call it within ``weights()``.
+        Of a video it is the middle frame. samples: numbers that key each picture's noise. Call it within
+        ``weights()``.
         """
         family, network = self.family, self.method.networks[self.method.exported]
         denoiser = family.denoiser.with_network(network)
@@ -95,30 +108,43 @@ class Session:
             fresh = lambda: rng.normal(family.latent_shape)  # noqa: E731
             x0 = sample_student(denoiser, denoiser.schedule, x_t, times, cond, self.method.sampler, fresh)
         network.train(training)
-        return to_uint8(family.decode(x0)).cpu()
+        return to_uint8(still(family.decode(x0))).cpu()
 
 
-def load_teacher(model: Model, precision: str, device: torch.device, start: float = 1.0) -> tuple[Family, ModuleType]:
-    """The family of ``model.path`` and its module. start: of its students. Raises ValueError on anything unusable."""
+def load_teacher(
+    model: Model, precision: str, device: torch.device, start: float = 1.0, without: Sequence[str] = ()
+) -> tuple[Family, ModuleType]:
+    """The family of ``model.path`` and its module. start: of its students; without: parts to leave out of memory.
+
+    Raises ValueError on anything unusable.
+    """
     autocast = None if precision == "fp32" else DTYPES[precision]
     path = recipes.locate(model.path)
     module = family_of(path, model.family)
-    export.check_pipeline(path, *module.PIPELINES)
+    export.check_pipeline(path, *module.ABOUT.pipelines)
     with export.opening(path):
-        family: Family = module.load(path, device, autocast, start, model.image_size)
+        rest = (without,) if without else ()
+        family: Family = module.load(path, device, autocast, start, model.image_size, model.num_frames, *rest)
+    fix_scale(family, model)
+    return family, module
+
+
+def fix_scale(family: Family, model: Model) -> None:
+    """Let a teacher that takes the guidance scale as an input teach at ``model.guidance_scale``. Raises ValueError."""
+    path = recipes.locate(model.path)
     if family.fix_guidance is not None:
-        if model.guidance_scale is None:
+        if model.guidance_scale is not None:
+            family.fix_guidance(model.guidance_scale)
+        elif family.unguided is None:
             raise ValueError(
                 f"{path}: its network takes the guidance scale as an input, which methods do not give a teacher; set "
                 "model.guidance_scale to the one at which it shall teach, and the method's own to 1"
             )
-        family.fix_guidance(model.guidance_scale)
     elif model.guidance_scale is not None:
         raise ValueError(
             f"{path}: its network takes no guidance scale as an input, so leave out model.guidance_scale; the "
             "method's own guides it"
         )
-    return family, module
 
 
 def family_of(path: str, name: str = "") -> ModuleType:
@@ -133,10 +159,16 @@ def family_of(path: str, name: str = "") -> ModuleType:
         found = export.class_of(path)
     modules = [registry.find("family", known) for known in registry.names("family")]
     for module in modules:
-        if found in module.PIPELINES:
+        if found in module.ABOUT.pipelines:
             return module
-    known = ", ".join(sorted(known for module in modules for known in module.PIPELINES))
+    known = ", ".join(sorted(known for module in modules for known in module.ABOUT.pipelines))
     raise ValueError(f"{path}: is a {found}, which no family takes; known are {known}")
+
+
+def at_own_scale(model: Model, family: Family) -> Model:
+    """The model with the guidance scale that its network is given as an input, fixed or the stock call's own."""
+    given = family.unguided if family.fix_guidance is not None else None
+    return replace(model, guidance_scale=given if model.guidance_scale is None else model.guidance_scale)
 
 
 def check_guided_once(model: Model, options: Mapping[str, Any], section: str) -> None:
@@ -169,37 +201,21 @@ def build(recipe: Recipe, device: torch.device | None = None) -> Session:
             "student.lora: an adapter would fit no pipeline but this teacher's at its fixed model.guidance_scale; "
             "leave out student.lora"
         )
-    family, module = load_teacher(model, run.precision, device, recipe.student.start)
+    without = encoders_left_out(recipe)
+    family, module = load_teacher(model, run.precision, device, recipe.student.start, without)
+    check_guided_once(at_own_scale(model, family), recipes.encode(recipe)["method"], "method")
     source: Source = registry.find("source", recipe.data.name).open(recipe.data.options, family.image_size)
     if isinstance(source, PairSource):
         source.check(registry.name_of(module), family)  # while the teacher's network is as it was loaded
+    if isinstance(source, Cached):
+        named = source.settings.of
+        of = recipes.choose("source", "source", named, recipe.where, "data.of") if named else None
+        made_of = described(of.name, of.options) if of else None
+        source.check(registry.name_of(module), family, recipes.locate(model.path), made_of)
+        family = source.applied(family)
     if recipe.student.init:
-        family = started_from(family, module, recipe.student.init, device)
-    if recipe.student.lora:
-        family = lora.adapted(family, recipe.student.lora, recipe.student.share_backbone)
-    torch.manual_seed(run.seed)  # what a method initialises at random, before rank 0's weights go to all
-    method: Method = registry.find("method", recipe.method.name).Method(
-        recipe.method.options, family, recipe.student.steps
-    )
-    for network in method.networks.values():
-        network.to(device)
-    if recipe.student.lora and not adapters_of(method):
-        raise ValueError(
-            f"student.lora: method {recipe.method.name!r} trains {method.exported!r} without adapters; leave it out"
-        )
-    kind: Any = type(lora.plain(family.denoiser.network))  # what a method adds, a discriminator, is of another class
-    networks = [network for role in method.networks.values() for network in members(role)]
-    denoisers: list[Any] = [n for n in networks if isinstance(lora.plain(n), kind)]
-    used = attention.set_attention([lora.plain(n) for n in denoisers], model.attention, device)
-    for network in denoisers if model.gradient_checkpointing else ():
-        network.enable_gradient_checkpointing()
-    if model.compile and recipe.student.share_backbone:
-        raise ValueError(
-            "model.compile would compile anew at each switch of adapters; leave out student.share_backbone"
-        )
-    if model.compile:
-        for network in denoisers:
-            lora.plain(network).compile()
+        family = started_from(family, module, recipe.student.init, device, without)
+    family, method, used = method_of(recipe, family, device)
     path_times = method.path_times if isinstance(method, NeedsPairs) else None
     if isinstance(method, NeedsPairs) and isinstance(source, PairSource):
         source.check_guidance(method.pairs_guidance_scale)
@@ -222,12 +238,57 @@ def build(recipe: Recipe, device: torch.device | None = None) -> Session:
     return Session(recipe, device, family, method, source, batches, engine, ema_of, used)
 
 
-def started_from(family: Family, module: ModuleType, path: str, device: torch.device) -> Family:
+def method_of(recipe: Recipe, family: Family, device: torch.device) -> tuple[Family, Method, str]:
+    """The method on a family, whose students may become adapters, and its attention. Raises ValueError."""
+    model = recipe.model
+    if recipe.student.lora:
+        family = lora.adapted(family, recipe.student.lora, recipe.student.share_backbone)
+    torch.manual_seed(recipe.run.seed)  # what a method initialises at random, before rank 0's weights go to all
+    method: Method = registry.find("method", recipe.method.name).Method(
+        recipe.method.options, family, recipe.student.steps
+    )
+    if method.num_steps is not None:  # a student that no pipeline can be made of is better known before the training
+        family.pipeline(lora.plain(members(family.denoiser.network)[0]), method.num_steps, method.sampler)
+    for network in method.networks.values():
+        network.to(device)
+    if recipe.student.lora and not adapters_of(method):
+        raise ValueError(
+            f"student.lora: method {recipe.method.name!r} trains {method.exported!r} without adapters; leave it out"
+        )
+    # what a method adds, a discriminator, is of another class
+    kind: Any = type(lora.plain(members(family.denoiser.network)[0]))
+    networks = [network for role in method.networks.values() for network in members(role)]
+    denoisers: list[Any] = [n for n in networks if isinstance(lora.plain(n), kind)]
+    used = attention.set_attention([lora.plain(n) for n in denoisers], model.attention, device)
+    for network in denoisers if model.gradient_checkpointing else ():
+        network.enable_gradient_checkpointing()
+    if model.compile and recipe.student.share_backbone:
+        raise ValueError(
+            "model.compile would compile anew at each switch of adapters; leave out student.share_backbone"
+        )
+    if model.compile:
+        for network in denoisers:
+            lora.plain(network).compile()
+    return family, method, used
+
+
+def encoders_left_out(recipe: Recipe) -> tuple[str, ...]:
+    """The parts of the pipeline that training does without, since its data are encoded."""
+    options = recipe.data.options
+    if not isinstance(options, CachedData):
+        return ()
+    return ("text",) if options.decoder else ("text", "vae")
+
+
+def started_from(
+    family: Family, module: ModuleType, path: str, device: torch.device, without: Sequence[str] = ()
+) -> Family:
     """The family whose students start from the network of another pipeline. Raises ValueError if it does not fit."""
     place = recipes.locate(path)
-    export.check_pipeline(place, *module.PIPELINES)
+    export.check_pipeline(place, *module.ABOUT.pipelines)
     with export.opening(place):
-        weights = module.load(place, device).denoiser.network.state_dict()
+        left_out = {"without": without} if without else {}
+        weights = module.load(place, device, **left_out).denoiser.network.state_dict()
 
     def student(embed_guidance: bool = False) -> nn.Module:
         network = family.student(embed_guidance)
@@ -285,6 +346,8 @@ def train(recipe: Recipe, resume: str = "auto", quick: Quick | None = None) -> P
             with writing(run):
                 checkpoint.write_text(run / "config.yaml", yaml.safe_dump(tree, sort_keys=False))
         parallel.barrier()
+        if isinstance(session.source, Skips):
+            session.source.skipped.keep(run / SKIPPED)
         log.info("%s: %s on %s, attention %s", run, recipe.method.name, session.device, session.attention)
         if newest:
             log.info("resuming from %s", newest)
@@ -330,7 +393,9 @@ def _loop(session: Session, run: Path, steps_done: int, tree: dict[str, Any], qu
     trackers = tracking.trackers(settings.trackers, run, steps_done, tree)
     earlier = tracking.read(run / "metrics.jsonl")
     prompts = sample_prompts(session)
-    every = int(recipe.eval.get("every", 0)) if quick else 0
+    if not session.shows:
+        log.info("no sample grids and no quick evaluations: data.decoder is false, so that there is no VAE")
+    every = int(recipe.eval.get("every", 0)) if quick and session.shows else 0
     recent: dict[str, list[float]] = {}
     spent, peak = (max((row.get(name, 0.0) for row in earlier), default=0.0) for name in tracking.MEASURED[1:])
     samples_per_step = engine.batch_size * engine.accumulate * parallel.size()
@@ -364,7 +429,7 @@ def _loop(session: Session, run: Path, steps_done: int, tree: dict[str, Any], qu
                         tracker.log(done, values)
                 log.debug("step %d %s", done, " ".join(f"{k} {v:.4g}" for k, v in values.items()))
             due = settings.sample_every and done % settings.sample_every == 0
-            if (due or done == settings.steps) and parallel.rank() == 0:
+            if (due or done == settings.steps) and session.shows and parallel.rank() == 0:
                 grid = run / "samples" / f"step_{done:06d}.png"
                 with session.weights(), writing(grid):
                     write_grid(session.images(prompts, range(len(prompts))), grid)
@@ -394,8 +459,35 @@ def sample_prompts(session: Session) -> list[str]:
     return [chosen[i % len(chosen)] for i in range(GRID)]
 
 
-def export_run(session: Session, folder: Path) -> None:
-    """Write the exported network as a pipeline, through the gate; beside it an adapter alone, if it is one."""
+def export_run(session: Session, folder: Path, wanted: Wanted = publish.PIPELINE) -> None:
+    """Write the exported network in the form that is wanted, through the gate, with its model card.
+
+    Beside a pipeline goes an adapter alone, if the network is one. Raises ValueError if it has not that form.
+    """
+    session = replace(session, family=session.family.whole(session.family))
+    recipe, method = session.recipe, session.method
+    card, network = settings_of(session), method.networks[method.exported]
+    network.eval()
+    adapted = bool(adapters_of(method) and session.family.component)
+    if wanted.form == "lora" and not adapted:
+        raise ValueError(f"{recipe.model.path}: its pipeline takes no LoRA files; export the student as a pipeline")
+    with session.weights():
+        if wanted.form == "lora":
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.partial-") as partial:
+                alone = replace(wanted, form="pipeline")
+                export_network(session, Path(partial) / "pipeline", card, alone, export.nothing_more)
+                export_adapter(session, Path(partial) / "pipeline", folder, card, wanted)
+            return
+        finish = functools.partial(describe, session, folder, card, wanted)
+        export_network(session, folder, card, wanted, finish)
+        if wanted.form == "pipeline" and adapted:
+            beside = folder.with_name("lora" if folder.name == "pipeline" else f"{folder.name}-lora")
+            export_adapter(session, folder, beside, card, wanted)
+
+
+def settings_of(session: Session) -> dict[str, Any]:
+    """What ``fastgen.json`` says of the student: whose it is and how it is called."""
     recipe, method = session.recipe, session.method
     card: dict[str, Any] = {"method": recipe.method.name, "base_model": recipe.model.path}
     if method.num_steps is not None:
@@ -404,35 +496,43 @@ def export_run(session: Session, folder: Path) -> None:
             "guidance_scale": 1.0 if session.family.unguided is None else session.family.unguided,
             "times": session.family.student_times(method.num_steps),
         }
+        if told := session.family.told(method.num_steps):
+            card["call"] = dict(told)
     scale = student_guidance(method)
     if scale is not None:
         card["guidance_scale"] = scale
     if recipe.model.image_size is not None:
         card |= dict(zip(("height", "width"), recipe.model.image_size, strict=True))
-    network = method.networks[method.exported]
-    network.eval()
-    with session.weights():
-        difference = export.export(
-            session.family,
-            network,
-            method.num_steps,
-            folder,
-            prompts=sample_prompts(session)[:2],
-            card=card,
-            dtype=DTYPES[recipe.run.save_dtype],
-            sampler=method.sampler,
-            guidance_scale=scale,
-        )
+    if recipe.model.num_frames:
+        card["num_frames"] = recipe.model.num_frames
+    return card
+
+
+def export_network(
+    session: Session, folder: Path, card: dict[str, Any], wanted: Wanted, finish: export.Finish
+) -> None:
+    """Write the exported network as a pipeline, or alone; card: its settings."""
+    recipe, method = session.recipe, session.method
+    given: dict[str, Any] = {
+        "prompts": sample_prompts(session)[:2],
+        "card": card,
+        "dtype": DTYPES[recipe.run.save_dtype],
+        "sampler": method.sampler,
+        "guidance_scale": student_guidance(method),
+        "variant": wanted.variant,
+        "finish": finish,
+    }
+    what = session.family, method.networks[method.exported], method.num_steps, folder
+    if wanted.form == "component":
+        difference = export.export_component(*what, recipes.locate(recipe.model.path), **given)
+    else:
+        difference = export.export(*what, **given)
     log.info("exported %s; reloaded by Diffusers it differs from the trainer's sampler by %.1e", folder, difference)
-    if adapters_of(method) and session.family.component:
-        with session.weights():
-            export_adapter(session, folder, card)
 
 
-def export_adapter(session: Session, pipeline: Path, card: dict[str, Any]) -> None:
-    """Write the adapter alone, or each expert's, beside the exported ``pipeline``, into ``lora``; card: its card."""
+def export_adapter(session: Session, pipeline: Path, folder: Path, card: dict[str, Any], wanted: Wanted) -> None:
+    """Write the adapter alone, or each expert's, of an exported ``pipeline``; card: that one's settings."""
     recipe, method, component = session.recipe, session.method, session.family.component
-    folder = pipeline.with_name("lora" if pipeline.name == "pipeline" else f"{pipeline.name}-lora")
     base = recipe.student.init or recipe.model.path
     stock = student_guidance(method) is None
     adapters, network = adapters_of(method), method.networks[method.exported]
@@ -441,7 +541,10 @@ def export_adapter(session: Session, pipeline: Path, card: dict[str, Any]) -> No
     if len(adapters) > 1:
         card["lora"] |= {"starts": starts}
     if stock:
-        card |= {"guidance_scale": 1.0, "use": USE if len(adapters) == 1 else f"{USE_EXPERTS}; {USE}"}
+        unguided = 1.0 if session.family.unguided is None else session.family.unguided
+        card |= {"guidance_scale": unguided, "use": USE.format(unguided)}
+        if len(adapters) > 1:
+            card["use"] = f"{USE_EXPERTS}; {card['use']}"
     else:
         card |= {"use": "fastgen.lora.loaded: stock pipelines of base_model have no place for its guidance scale"}
     difference = export.export_adapter(
@@ -456,8 +559,67 @@ def export_adapter(session: Session, pipeline: Path, card: dict[str, Any]) -> No
         card=card,
         dtype=DTYPES[recipe.run.save_dtype],
         starts=starts,
+        finish=functools.partial(describe, session, folder, card, replace(wanted, form="lora")),
     )
     log.info("exported %s; on its base it differs from the pipeline by %.1e", folder, difference)
+
+
+def describe(
+    session: Session,
+    target: Path,
+    card: Mapping[str, Any],
+    wanted: Wanted,
+    folder: Path,
+    made: Any,
+    opened: export.Opened,
+) -> None:
+    """Write the model card into ``folder``, which is to become ``target``, and the sample grid beside it."""
+    recipe, method, family = session.recipe, session.method, session.family
+    steps = recipe.run.steps if wanted.steps_done is None else wanted.steps_done
+    prompts = sample_prompts(session)
+    grid = Path(recipe.run.out) / "samples" / f"step_{steps:06d}.png"
+    if grid.is_file():
+        shutil.copyfile(grid, folder / publish.GRID)
+    else:
+        write_grid(session.images(prompts, range(len(prompts))), folder / publish.GRID)
+    bases = publish.bases_of(recipe, wanted.licence)
+    call = publish.call_of(
+        made,
+        card,
+        next((prompt for prompt in prompts if prompt), ""),
+        wanted.repo or f"path/to/{target.name}",
+        global_noise=family.step_noise == "global" and method.sampler == "renoise" and method.num_steps is not None,
+        code=export.brings_code(folder),
+        dtype=str(export.VARIANTS.get(wanted.variant, DTYPES[recipe.run.save_dtype])).removeprefix("torch."),
+        variant=wanted.variant,
+    )
+    if wanted.form == "component":
+        names = sorted(part.name for part in folder.iterdir() if part.is_dir() and part.name != "scheduler")
+        networks = {name: type(made.components[name]).__name__ for name in names}
+        settings = export.settings_beside(made, recipes.locate(recipe.model.path))
+        call = replace(call, base=publish.place_of(bases[0]), networks=networks, settings=settings)
+    if wanted.form == "lora":
+        call = replace(call, base=publish.place_of(bases[-1]), weights=export.LORA)
+        if len(adapters_of(method)) > 1 or student_guidance(method) is not None:
+            call = replace(call, arguments={})  # no stock call does it
+    about = vars(registry.find("method", recipe.method.name)).get("ABOUT")  # none in a module from elsewhere
+    facts = Facts(
+        name=publish.name_of(target, wanted),
+        form=wanted.form,
+        settings=card,
+        call=call,
+        bases=bases,
+        method=(recipe.method.name, about.paper, about.arxiv) if about else (recipe.method.name, "", ""),
+        config=recipes.encode(recipe),
+        steps=steps,
+        images_seen=steps * session.engine.batch_size * session.engine.accumulate * parallel.size(),
+        trained={role: config.encode(optim) for role, optim in recipe.optim.items()},
+        results=wanted.results(opened),
+        grid=publish.GRID,
+        prompts=prompts,
+        versions=publish.versions(),
+    )
+    (folder / publish.README).write_text(model_card(facts), encoding="utf-8")
 
 
 def adapters_of(method: Method) -> list[lora.View]:

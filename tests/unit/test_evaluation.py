@@ -320,7 +320,7 @@ def test_images_depend_on_the_seed(pipeline):
 
 @pytest.mark.parametrize(("steps", "guidance", "evaluations"), [(1, 1.0, 1), (3, 1.0, 3), (1, 5.0, 2), (3, 5.0, 6)])
 def test_network_evaluations_count_rows(pipeline, steps, guidance, evaluations):
-    call = runner.arguments(steps, guidance)
+    call = runner.arguments(pipeline, steps, guidance)
     values = latency.measure(pipeline, ["a dog", "a banana"], call, repeats=3, warmup=1)
     assert values["network_evaluations"] == evaluations
     assert 0 < values["seconds_min"] <= values["seconds_per_image"] <= values["seconds_max"]
@@ -330,7 +330,7 @@ def test_network_evaluations_count_rows(pipeline, steps, guidance, evaluations):
 def test_latency_is_the_median_of_the_calls_after_warmup(pipeline, monkeypatch):
     ticks = iter([0, 50, 100, 120, 200, 203, 300, 301, 400, 402])  # first, warm-up, then 3, 1 and 2 seconds
     monkeypatch.setattr(latency.time, "perf_counter", lambda: next(ticks))
-    values = latency.measure(pipeline, ["a dog"], runner.arguments(1, 1.0), repeats=3, warmup=1)
+    values = latency.measure(pipeline, ["a dog"], runner.arguments(pipeline, 1, 1.0), repeats=3, warmup=1)
     assert [values[k] for k in ("seconds_to_first_image", "seconds_per_image", "seconds_min", "seconds_max")] == [
         50,
         2,
@@ -341,7 +341,7 @@ def test_latency_is_the_median_of_the_calls_after_warmup(pipeline, monkeypatch):
 
 def test_latency_has_no_value_without_a_call(pipeline):
     assert measure_images([batch_of(2)], Context(), ["latency"]) == {}
-    context = Context(call=Call(pipeline, runner.arguments(1, 1.0), repeats=1))
+    context = Context(call=Call(pipeline, runner.arguments(pipeline, 1, 1.0), repeats=1))
     assert measure_images([batch_of(2)], context, ["latency"])["network_evaluations"] == 1
 
 

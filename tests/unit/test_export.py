@@ -289,10 +289,10 @@ BROKEN = [
 
 @pytest.mark.parametrize(("harm", "message"), BROKEN)
 def test_what_is_wrong_with_a_pipeline_is_said(teacher: Path, harm: Any, message: str) -> None:
-    check_pipeline(teacher, *sd.PIPELINES)
+    check_pipeline(teacher, *sd.ABOUT.pipelines)
     harm(teacher)
     with pytest.raises(ValueError, match=message) as error:
-        check_pipeline(teacher, *sd.PIPELINES)
+        check_pipeline(teacher, *sd.ABOUT.pipelines)
     assert "\n" not in str(error.value)
 
 
@@ -336,3 +336,18 @@ def test_a_component_that_the_pipeline_does_without_is_not_missed(teacher: Path)
     index = json.loads((teacher / "model_index.json").read_text())
     assert index["safety_checker"] == [None, None]
     check_pipeline(teacher)
+
+
+def test_the_gate_compares_in_float32_and_leaves_settings_and_noise_as_they_were() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.backends.cudnn.allow_tf32
+    with export._same_noise(PROMPTS) as one:
+        assert not torch.backends.cudnn.allow_tf32
+        first = torch.rand(2), torch.rand(2, generator=one)
+    with export._same_noise(PROMPTS) as two:
+        second = torch.rand(2), torch.rand(2, generator=two)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.backends.cudnn.allow_tf32
+    assert torch.equal(torch.rand(1), expected)
