@@ -74,7 +74,8 @@ def formed(tree: Mapping[str, Any], form: str) -> dict[str, Any]:
 
 def size(tensors: Iterable[Tensor], known: set[int]) -> int:
     """Bytes of the tensors' storages that are not in ``known``, which they then are."""
-    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    # not data_ptr, which is 0 for all tensors without data
+    found = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
     new = found.keys() - known
     known |= new
     return sum(found[key] for key in new)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import math
 import re
 from dataclasses import replace
@@ -10,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from fastgen import config, pairs, recipe
+from fastgen import config, estimate, pairs, recipe
 from fastgen.emoji import world
 from fastgen.evaluation import judge
+from fastgen.recipe import Recipe
 from fastgen.train import build
 from tests import command
 
@@ -106,24 +109,59 @@ def test_pairs_that_are_not_made_yet_name_the_command_and_that_makes_them(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.filterwarnings("ignore:a prompt of")  # the tiny tokenizer knows few words, so captions get long
-@pytest.mark.parametrize("name", RECIPES)
-def test_it_builds_and_each_phase_takes_a_step(name: str, teacher: Path, request: pytest.FixtureRequest) -> None:
+@pytest.fixture
+def tiny(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> Recipe:
+    """The recipe on tiny networks of the same family and on data that are there."""
     decoded = recipe.decode(config.read(ALL[name]), name)
-    if decoded.data.name == "pairs":
-        folder = request.getfixturevalue("made")[f"{decoded.data.options.made_by}.yaml"]
-        decoded = replace(decoded, data=replace(decoded.data, options=replace(decoded.data.options, path=str(folder))))
-    if decoded.student.init:  # the result of another config's run; how one starts from it is tested elsewhere
-        assert decoded.student.init in {f"{config.read(ALL[other])['run']['out']}/pipeline" for other in RECIPES}
-        decoded = replace(decoded, student=replace(decoded.student, init=""))
-    small = replace(
+    model, data = decoded.model, decoded.data
+    if name.startswith("emoji/"):
+        path = request.getfixturevalue("teacher")
+        if data.name == "pairs":
+            folder = request.getfixturevalue("made")[f"{data.options.made_by}.yaml"]
+            data = replace(data, options=replace(data.options, path=str(folder)))
+    else:
+        of_family = importlib.import_module(f"tests.families.{model.family}")
+        case = of_family.MORE["dev"] if model.path.endswith("-dev") else of_family.CASE
+        path = tmp_path / "teacher"
+        case.pipeline(0).save_pretrained(path)
+        model = replace(model, image_size=case.image_size, num_frames=case.num_frames)
+        (tmp_path / "prompts.txt").write_text("\n".join(case.prompts))
+        place = tmp_path / "prompts.txt"
+        if data.name == "images":
+            place = command.images(tmp_path / "images")
+            rows = [{"file": file.name, "caption": case.prompts[0]} for file in sorted(place.glob("*.png"))]
+            (place / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        data = replace(data, options=replace(data.options, path=str(place)))
+    return replace(
         decoded,
-        model=replace(decoded.model, path=str(teacher), compile=False),
+        model=replace(model, path=str(path), compile=False),
+        data=data,
         run=replace(decoded.run, batch_size=2, accumulate=1),
     )
-    session = build(small)
-    assert session.family.image_size == (32, 32)
+
+
+@pytest.mark.filterwarnings("ignore:a prompt of")  # the tiny tokenizer knows few words, so captions get long
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # of norms in bf16 on a CPU, as Wan's
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_builds_and_each_phase_takes_a_step(name: str, tiny: Recipe) -> None:
+    if tiny.student.init:  # the result of another config's run; how one starts from it is tested elsewhere
+        assert tiny.student.init in {f"{config.read(ALL[other])['run']['out']}/pipeline" for other in RECIPES}
+        tiny = replace(tiny, student=replace(tiny.student, init=""))
+    session = build(tiny)
+    if name.startswith("emoji/"):
+        assert session.family.image_size == (32, 32)
     logs = {name: value for phase in session.method.phases for name, value in session.engine.turn(phase, 0).items()}
     assert {name.split("/")[0] for name in logs} == {phase.name for phase in session.method.phases}
     assert all(math.isfinite(value) for value in logs.values())
-    assert bool(session.ema) == (decoded.run.ema > 0)
+    assert bool(session.ema) == (tiny.run.ema > 0)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("emoji/")])
+def test_a_recipe_of_a_real_model_says_what_it_needs_and_that_it_was_not_run(name: str) -> None:
+    text, decoded = ALL[name].read_text(encoding="utf-8"), recipe.decode(config.read(ALL[name]), name)
+    assert "# Not yet run." in text
+    assert re.search(r"^#   .* GiB", text, re.MULTILINE)
+    assert decoded.run.out == f"runs/{name.removesuffix('.yaml')}"
+    folder, about = estimate.folder_of(decoded.model)
+    assert about is not None
+    assert folder.parent.name == decoded.model.family

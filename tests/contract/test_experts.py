@@ -243,7 +243,7 @@ def test_the_keywords_of_saving_are_diffusers_own(family: Family, tmp_path: Path
 def test_it_cannot_be_a_teacher_or_a_start(exported: dict[int, Path]) -> None:
     message = "its unet is a UNetExperts, which brings its own code; this family takes Diffusers' own: name another"
     with pytest.raises(ValueError, match=message) as error:
-        export.check_pipeline(exported[2], *sd.PIPELINES)
+        export.check_pipeline(exported[2], *sd.ABOUT.pipelines)
     assert "\n" not in str(error.value)
     export.check_pipeline(exported[2])
 
