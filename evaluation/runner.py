@@ -172,8 +172,9 @@ def generate(
 ) -> Iterator[Tensor]:
     """Batches of uint8 [B, 3, H, W], image i from prompts[i] and a CPU generator seeded with seeds[i].
 
-    So an image does not depend on the batch it is in, but for the rounding of the networks' arithmetic.
-    Raises ValueError without prompts.
+    So an image does not depend on the batch it is in, but for the rounding of the networks' arithmetic; and for
+    pipelines that draw noise between steps from torch's global generator (``Family.step_noise``), which is seeded for
+    each batch. Raises ValueError without prompts.
     """
     if not prompts:
         raise ValueError("no prompts to make images from; give at least one")
@@ -183,7 +184,9 @@ def generate(
     for start in range(0, len(prompts), batch_size):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
         given = calls.prompted(pipeline, prompts[start : start + batch_size])
-        made = pipeline(**given, generator=generators, **call).images
+        with torch.random.fork_rng():
+            torch.manual_seed(seeds[start])
+            made = pipeline(**given, generator=generators, **call).images
         yield torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in made])).permute(0, 3, 1, 2)
 
 

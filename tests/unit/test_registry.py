@@ -46,7 +46,7 @@ def test_a_dotted_path_finds_a_module_elsewhere(monkeypatch: pytest.MonkeyPatch)
     ("kind", "name", "message"),
     [
         ("method", "dmd22", "unknown method 'dmd22'; did you mean 'dmd2'?"),
-        ("family", "flux9", "unknown family 'flux9'; known: .*sd"),
+        ("family", "none", "unknown family 'none'; known: .*sd"),
         ("source", "prompt", "unknown source 'prompt'; did you mean 'prompts'?"),
         ("source", "batches", "unknown source 'batches'; did you mean 'cached'"),
         ("metric", "runner", "unknown metric 'runner'; known: clip_score, diversity, fid, latency"),
