@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -446,10 +446,17 @@ def list_(
         typer.Argument(help="One kind, or all."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Rows for a machine.")] = False,
+    into: Annotated[
+        Path | None, typer.Option(help="With families: Markdown with a place <!-- families --> for their table.")
+    ] = None,
 ) -> None:
     """List methods, model families, metrics, data sources and shipped configs."""
     from . import registry
+    from .tables import markdown
 
+    if into and what != "families":
+        raise ValueError(f"--into writes the table of families, not of {what or 'all'}; give: list families --into")
+    check_place(into, "families")
     kinds = {"methods": "method", "families": "family", "metrics": "metric", "sources": "source"}
     rows: list[dict[str, Any]] = []
     for plural in [what] if what else [*kinds, "configs"]:
@@ -462,6 +469,10 @@ def list_(
             module = registry.find(kinds[plural], name)
             about = {k: list(v) if k in ("needs", "steps") else v for k, v in about_of(module).items()}
             rows.append({"kind": kinds[plural], "name": name, "summary": registry.summary(module), **about})
+    if into:
+        from .evaluation.report import place
+
+        place(markdown(*families_table(rows), left=5), into, "families")
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
@@ -472,6 +483,17 @@ def list_(
     for row in rows:
         table.add_row(row["kind"], row["name"], row["summary"])
     Console().print(table)
+
+
+def families_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Columns, and a line a family: its pipelines, what networks give, schedulers of students, forms tested."""
+    lines = []
+    for row in rows:
+        schedulers = list(dict.fromkeys(row["schedulers"].values()))
+        classes, shipped = (", ".join(f"`{name}`" for name in names) for names in (row["pipelines"], schedulers))
+        forms = "whole, LoRA" if row["lora"] else "whole"
+        lines.append([f"`{row['name']}`", classes, ", ".join(row["kinds"]), shipped, forms])
+    return ["Family", "Pipelines", "Network gives", "Students' scheduler", "Students' forms"], lines
 
 
 def about_of(module: object) -> dict[str, Any]:

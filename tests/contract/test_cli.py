@@ -463,6 +463,24 @@ def test_list_names_one_kind(plural: str, kind: str) -> None:
     assert {row["kind"] for row in listed} == {kind}
 
 
+def test_the_table_of_families_in_the_readme_is_what_is_listed(tmp_path: Path) -> None:
+    readme = Path(__file__).parents[2] / "README.md"
+    copy = tmp_path / "README.md"
+    copy.write_text(readme.read_text(encoding="utf-8"), encoding="utf-8")
+    done("list", "families", "--into", copy)
+    assert copy.read_text(encoding="utf-8") == readme.read_text(encoding="utf-8"), (
+        "fastgen list families --into README.md"
+    )
+    for row in json.loads(done("list", "families", "--json").out):
+        assert all(f"`{name}`" in copy.read_text(encoding="utf-8") for name in row["pipelines"])
+
+
+def test_only_the_families_have_a_table_in_a_document(tmp_path: Path) -> None:
+    result = fastgen("list", "methods", "--into", tmp_path / "README.md")
+    assert result.code == 2
+    assert "--into writes the table of families, not of methods; give: list families --into" in result.err
+
+
 def test_a_listed_config_may_be_given_by_its_name() -> None:
     names = [row["name"] for row in json.loads(done("list", "configs", "--json").out)]
     assert {"emoji/demo", "emoji/dmd2", "emoji/teacher"} <= set(names)
