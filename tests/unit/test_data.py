@@ -287,13 +287,14 @@ def test_a_prompt_is_encoded_once() -> None:
 
 
 def test_the_cache_of_prompts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches_module, "_CACHED_PROMPTS", 2)
+    monkeypatch.setattr(batches_module, "_CACHED_BYTES", 2 * labels([""])["label"].nbytes)
     source = Words()
     subject = Batches(source, source.family, images=False)
     for start in (0, 2, 1, 4):
         batch = subject.batch([start, start + 1])
         expected = labels([CAPTIONS[s % 6 % 3] for s in (start, start + 1)])
         assert torch.equal(batch.cond["label"], expected["label"])
+    assert sum(source.prompts.values()) > len(set(CAPTIONS)), "what was dropped is encoded again"
 
 
 def test_with_a_cache_an_image_is_encoded_once() -> None:
