@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
-from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, format_input
 from torch import Tensor, nn
 
 from fastgen.denoiser import Cond, Denoiser
@@ -86,8 +86,18 @@ def wrap(
         )[0]
         return stock.tokens_as_map(found, x_t, 1)
 
+    def length_of(prompt: str) -> int:
+        """Of a prompt in its chat, in tokens."""
+        tokenizer = pipeline.tokenizer
+        if not klein:
+            chats = format_input([prompt], pipeline.system_message)
+            return len(tokenizer.apply_chat_template(chats, tokenize=True, return_dict=True)["input_ids"][0])
+        asked, how = [{"role": "user", "content": prompt}], {"add_generation_prompt": True, "enable_thinking": False}
+        return len(tokenizer(tokenizer.apply_chat_template(asked, tokenize=False, **how)).input_ids)
+
     @torch.no_grad()
     def encode_prompts(prompts: Sequence[str]) -> Cond:
+        stock.warn_if_cut(map(length_of, prompts), stock.own(pipeline, "max_sequence_length"))
         return {"text": pipeline.encode_prompt(list(prompts), device=device)[0].float()}
 
     @torch.no_grad()

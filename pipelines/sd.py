@@ -7,7 +7,6 @@ stock call does not guide again (``unet``). A student of several experts has the
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -52,9 +51,7 @@ def wrap(
         tokenizer = pipeline.tokenizer
         limit = tokenizer.model_max_length
         tokens = tokenizer(list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
-        longest = max(len(ids) for ids in tokenizer(list(prompts)).input_ids)
-        if longest > limit:
-            warnings.warn(f"a prompt of {longest} tokens was cut to {limit}; shorten it", stacklevel=2)
+        stock.warn_if_cut(map(len, tokenizer(list(prompts)).input_ids), limit)
         mask = tokens.attention_mask if getattr(pipeline.text_encoder.config, "use_attention_mask", None) else None
         return {"text": pipeline.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0].float()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -249,14 +249,19 @@ def image_tokens(output: Any, x_t: Tensor) -> Tensor:
     return tokens_as_map(output[1], x_t, 2)
 
 
+def warn_if_cut(lengths: Iterable[int], limit: int) -> None:
+    """Warn where prompts of so many tokens are cut: some stock calls do not say so."""
+    longest = max(lengths)
+    if longest > limit:
+        warnings.warn(f"a prompt of {longest} tokens was cut to {limit}; shorten it", stacklevel=3)
+
+
 def padded(rows: Sequence[Tensor], length: int) -> Cond:
     """Texts of unlike lengths in one width: [L, D] each -> text [B, length, D] and mask [B, length], True at theirs.
 
     Longer ones are cut, with a warning.
     """
-    longest = max(len(row) for row in rows)
-    if longest > length:
-        warnings.warn(f"a prompt was cut to {length} tokens; shorten it", stacklevel=3)
+    warn_if_cut((len(row) for row in rows), length)
     text = torch.zeros(len(rows), length, rows[0].shape[-1], device=rows[0].device)
     mask = torch.zeros(len(rows), length, dtype=torch.bool, device=rows[0].device)
     for i, row in enumerate(rows):

@@ -89,6 +89,7 @@ def wrap(
     @torch.no_grad()
     def encode_prompts(prompts: Sequence[str]) -> Cond:
         length = stock.own(pipeline, "max_sequence_length")
+        stock.warn_if_cut(map(len, pipeline.tokenizer(list(prompts)).input_ids), length)
         text, _ = pipeline.encode_prompt(
             list(prompts), do_classifier_free_guidance=False, max_sequence_length=length, device=device
         )

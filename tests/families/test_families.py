@@ -6,10 +6,13 @@ A family is tested by having ``tests/families/<family>.py`` with a ``CASE``.
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
+import logging
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +194,30 @@ def test_conditions_do_not_depend_on_the_batch(name: str) -> None:
             for i in range(3)
         ]
     close(torch.cat(alone), together)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prompt_longer_than_the_tokenizer_takes_is_cut_and_told(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """By a warning, or in Diffusers' log as in the stock call; a shorter prompt beside it stays what it was."""
+    pipeline, family = opened(name)
+    if "prompt" not in inspect.signature(type(pipeline).__call__).parameters:
+        pytest.skip("its calls take no prompts")
+    short = case(name).prompts[0]
+    logging.getLogger("diffusers").addHandler(caplog.handler)
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            both = family.encode_prompts([short, "a dog left of a cat and " * 150])
+    finally:
+        logging.getLogger("diffusers").removeHandler(caplog.handler)
+    said = [str(warning.message) for warning in told] + [record.getMessage() for record in caplog.records]
+    assert any("cut to" in line or "truncated" in line or "cut by" in line for line in said)
+    x_t = torch.randn(1, *family.latent_shape, generator=torch.Generator().manual_seed(1))
+    t = family.denoiser.schedule.draw(torch.tensor([0.5], dtype=torch.float64))
+    with torch.no_grad():
+        alone = family.denoiser(x_t, t, family.encode_prompts([short])).y
+        beside = family.denoiser(x_t, t, {key: value[:1] for key, value in both.items()}).y
+    close(beside, alone)
 
 
 # The discriminator's features
