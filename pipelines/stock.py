@@ -261,7 +261,8 @@ def padded(rows: Sequence[Tensor], length: int) -> Cond:
 
     Longer ones are cut, with a warning.
     """
-    warn_if_cut((len(row) for row in rows), length)
+    if any(len(row) > length for row in rows):  # how much longer, the stock encoder does not tell
+        warnings.warn(f"a prompt was cut to {length} tokens; shorten it", stacklevel=3)
     text = torch.zeros(len(rows), length, rows[0].shape[-1], device=rows[0].device)
     mask = torch.zeros(len(rows), length, dtype=torch.bool, device=rows[0].device)
     for i, row in enumerate(rows):
