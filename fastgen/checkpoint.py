@@ -134,12 +134,16 @@ def save(run: Path, steps_done: int, engine: Engine, ema: Mapping[str, EMA], kee
     return path
 
 
-def load(path: Path, engine: Engine, ema: Mapping[str, EMA]) -> int:
-    """Restore what ``save`` wrote and return the steps done. Raises CheckpointError before anything is changed."""
+def load(path: Path, engine: Engine, ema: Mapping[str, EMA], goes_on: bool = True) -> int:
+    """Restore what ``save`` wrote and return the steps done. Raises CheckpointError before anything is changed.
+
+    goes_on: the run is to go on from here, so that its batches must be those that it had; else its weights are all
+    that is wanted, as where one process exports what several have trained.
+    """
     state = read_state(path)
     samples = engine.batch_size * engine.accumulate * parallel.size()
     for what, now in (("seed", engine.seed), ("samples_per_step", samples)):
-        if state[what] != now:
+        if goes_on and state[what] != now:
             raise CheckpointError(f"{path}: was made with {what} {state[what]}, this run has {now}; set it back")
     loaded: list[tuple[str, dict[str, Tensor], dict[str, Tensor]]] = []
     for role, parameters in engine.parameters.items():

@@ -403,7 +403,7 @@ def export(
     named = run / f"checkpoint-{checkpoint}" if by_steps else Path(checkpoint or found[-1])
     checkpoints.read_state(named)
     session = build(recipe)
-    steps_done = checkpoints.load(named, session.engine, session.ema)
+    steps_done = checkpoints.load(named, session.engine, session.ema, goes_on=False)
     folder = out or run / form
     if is_main():
         export_run(session, folder, dataclasses.replace(wanted, steps_done=steps_done))

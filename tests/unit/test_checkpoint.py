@@ -184,6 +184,14 @@ def test_another_batch_size(tmp_path: Path) -> None:
     refused(saved(tmp_path), Run(batch_size=8), "was made with samples_per_step 2, this run has 8; set it back")
 
 
+def test_weights_alone_may_come_from_a_run_of_other_batches(tmp_path: Path) -> None:
+    """One process exports what several have trained."""
+    path, whole, other = saved(tmp_path), Run(), Run(batch_size=8, seed=4)
+    assert load(path, whole.engine, whole.ema) == load(path, other.engine, other.ema, goes_on=False) == 3
+    assert all(same(one, states(other.method)[role]) for role, one in states(whole.method).items())
+    assert same(whole.ema["b"].average, other.ema["b"].average)
+
+
 def test_a_network_of_another_shape(tmp_path: Path) -> None:
     refused(saved(tmp_path), Run(width=5), r"a.safetensors: 'weight' is \(4, 4\), the network has \(4, 5\)")
 
