@@ -6,18 +6,16 @@ stock call does not guide again (``unet``). A student of several experts has the
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from fastgen.denoiser import Cond, Denoiser
+from fastgen.denoiser import Cond
 from fastgen.family import About, Family
-from fastgen.sampling import Sampler
 
-from . import stock, unet, vp
+from . import stock, unet
 
 ABOUT = About(
     pipelines=("StableDiffusionPipeline",),
@@ -40,11 +38,8 @@ def wrap(
     image_size: tuple[int, int] | None = None,
 ) -> Family:
     """The family of a pipeline that is already in memory. Raises ValueError if its scheduler is not understood."""
-    schedule, kind = vp.schedule_of(pipeline.scheduler), vp.kind_of(pipeline.scheduler)
-    network, device, factor = pipeline.unet, pipeline.device, pipeline.vae_scale_factor
+    device = pipeline.device
     stock.prepared(pipeline, "unet", "vae", "text_encoder")
-    height, width = stock.latents_of(network, network.config.sample_size, factor, image_size)
-    encode, decode = stock.autoencoder(pipeline.vae)
 
     @torch.no_grad()
     def encode_prompts(prompts: Sequence[str]) -> Cond:
@@ -55,29 +50,15 @@ def wrap(
         mask = tokens.attention_mask if getattr(pipeline.text_encoder.config, "use_attention_mask", None) else None
         return {"text": pipeline.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0].float()}
 
-    def with_network(made: nn.Module, num_steps: int | None, sampler: Sampler = "renoise") -> StableDiffusionPipeline:
-        parts = {"unet": unet.one_unet(made), "requires_safety_checker": False}
-        if num_steps is not None:
-            parts["scheduler"] = vp.student_scheduler(pipeline.scheduler, num_steps, sampler, start)
-        return stock.rebuilt(pipeline, **parts)
-
-    return Family(
-        denoiser=Denoiser(network, schedule, kind, call, autocast),
-        latent_shape=(network.config.in_channels, height, width),
-        encode_prompts=encode_prompts,
-        uncond=lambda: encode_prompts([""]),
-        encode=encode,
-        decode=decode,
-        student=lambda embed_guidance=False: unet.student(network, embed_guidance),
-        student_times=lambda n: vp.times(vp.student_scheduler(pipeline.scheduler, n, start=start), n),
-        blocks=unet.blocks(network, min(height, width)),
-        pipeline=with_network,
-        image_size=(height * factor, width * factor),
-        run=stock.caller(height=height * factor, width=width * factor),
-        unguided=None,
-        stock_guidance=inspect.signature(StableDiffusionPipeline.__call__).parameters["guidance_scale"].default,
-        fix_guidance=(lambda scale: unet.fix_guidance(network, scale)) if unet.takes_guidance(network) else None,
-        component="unet",
+    return unet.family(
+        pipeline,
+        call,
+        encode_prompts,
+        lambda: encode_prompts([""]),
+        autocast,
+        start,
+        image_size,
+        requires_safety_checker=False,
     )
 
 

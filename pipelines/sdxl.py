@@ -6,18 +6,16 @@ Students leave as those of ``sd`` do.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 
 import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from fastgen.denoiser import Cond, Denoiser
+from fastgen.denoiser import Cond
 from fastgen.family import About, Family
-from fastgen.sampling import Sampler
 
-from . import stock, unet, vp
+from . import stock, unet
 
 ABOUT = About(
     pipelines=("StableDiffusionXLPipeline",),
@@ -34,11 +32,8 @@ def wrap(
     image_size: tuple[int, int] | None = None,
 ) -> Family:
     """The family of a pipeline that is already in memory. Raises ValueError if its scheduler is not understood."""
-    schedule, kind = vp.schedule_of(pipeline.scheduler), vp.kind_of(pipeline.scheduler)
-    network, device, factor = pipeline.unet, pipeline.device, pipeline.vae_scale_factor
+    device, factor = pipeline.device, pipeline.vae_scale_factor
     stock.prepared(pipeline, "unet", "vae", "text_encoder", "text_encoder_2")
-    height, width = stock.latents_of(network, network.config.sample_size, factor, image_size)
-    encode, decode = stock.autoencoder(pipeline.vae)
 
     def call(network: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """x_t: [B, C, H, W]; t: [B] timesteps; cond: text [B, L, D], pooled [B, P], perhaps guidance [B]."""
@@ -66,32 +61,7 @@ def wrap(
         _, text, _, pooled = encoded([""], guided=True)  # zeros, where the pipeline is set so
         return {"text": text.float(), "pooled": pooled.float()}
 
-    def with_network(
-        made: nn.Module, num_steps: int | None, sampler: Sampler = "renoise"
-    ) -> StableDiffusionXLPipeline:
-        parts = {"unet": unet.one_unet(made)}
-        if num_steps is not None:
-            parts["scheduler"] = vp.student_scheduler(pipeline.scheduler, num_steps, sampler, start)
-        return stock.rebuilt(pipeline, **parts)
-
-    return Family(
-        denoiser=Denoiser(network, schedule, kind, call, autocast),
-        latent_shape=(network.config.in_channels, height, width),
-        encode_prompts=encode_prompts,
-        uncond=uncond,
-        encode=encode,
-        decode=decode,
-        student=lambda embed_guidance=False: unet.student(network, embed_guidance),
-        student_times=lambda n: vp.times(vp.student_scheduler(pipeline.scheduler, n, start=start), n),
-        blocks=unet.blocks(network, min(height, width)),
-        pipeline=with_network,
-        image_size=(height * factor, width * factor),
-        run=stock.caller(height=height * factor, width=width * factor),
-        unguided=None,
-        stock_guidance=inspect.signature(StableDiffusionXLPipeline.__call__).parameters["guidance_scale"].default,
-        fix_guidance=(lambda scale: unet.fix_guidance(network, scale)) if unet.takes_guidance(network) else None,
-        component="unet",
-    )
+    return unet.family(pipeline, call, encode_prompts, uncond, autocast, start, image_size)
 
 
 load = stock.loader(wrap)

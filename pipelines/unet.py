@@ -8,16 +8,20 @@ does what guidance by it would.
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from fastgen.denoiser import Cond
+from fastgen.denoiser import Call, Cond, Denoiser
 from fastgen.experts import Experts
-from fastgen.family import Block
+from fastgen.family import Block, Family
+from fastgen.sampling import Sampler
 
+from . import stock, vp
 from .experts import UNetExperts
 
 GUIDANCE_EMBEDDING = 32
@@ -92,3 +96,48 @@ def blocks(unet: UNet2DConditionModel, size: int) -> list[Block]:
         size = size if i == len(channels) - 1 else (size + 1) // 2
         found.append(Block(f"down_blocks.{i}", c, size))
     return [*found, Block("mid_block", channels[-1], size)]
+
+
+def family(
+    pipeline: Any,
+    call: Call,
+    encode_prompts: Callable[[Sequence[str]], Cond],
+    uncond: Callable[[], Cond],
+    autocast: torch.dtype | None,
+    start: float,
+    image_size: tuple[int, int] | None,
+    **settings: Any,
+) -> Family:
+    """The family of a pipeline round such a U-Net, whose conditions are its own. settings: of pipelines made of it.
+
+    Raises ValueError if its scheduler is not understood.
+    """
+    schedule, kind = vp.schedule_of(pipeline.scheduler), vp.kind_of(pipeline.scheduler)
+    network, factor = pipeline.unet, pipeline.vae_scale_factor
+    height, width = stock.latents_of(network, network.config.sample_size, factor, image_size)
+    encode, decode = stock.autoencoder(pipeline.vae)
+
+    def with_network(made: nn.Module, num_steps: int | None, sampler: Sampler = "renoise") -> Any:
+        parts = {"unet": one_unet(made), **settings}
+        if num_steps is not None:
+            parts["scheduler"] = vp.student_scheduler(pipeline.scheduler, num_steps, sampler, start)
+        return stock.rebuilt(pipeline, **parts)
+
+    return Family(
+        denoiser=Denoiser(network, schedule, kind, call, autocast),
+        latent_shape=(network.config.in_channels, height, width),
+        encode_prompts=encode_prompts,
+        uncond=uncond,
+        encode=encode,
+        decode=decode,
+        student=lambda embed_guidance=False: student(network, embed_guidance),
+        student_times=lambda n: vp.times(vp.student_scheduler(pipeline.scheduler, n, start=start), n),
+        blocks=blocks(network, min(height, width)),
+        pipeline=with_network,
+        image_size=(height * factor, width * factor),
+        run=stock.caller(height=height * factor, width=width * factor),
+        unguided=None,
+        stock_guidance=inspect.signature(type(pipeline).__call__).parameters["guidance_scale"].default,
+        fix_guidance=(lambda scale: fix_guidance(network, scale)) if takes_guidance(network) else None,
+        component="unet",
+    )
