@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from . import lpips
+
 NEEDED = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "PyYAML")
 OPTIONAL = {
     "torchmetrics": "eval",
@@ -44,6 +46,9 @@ def findings() -> list[dict[str, Any]]:
         path = Path(__file__).parent / "emoji" / "assets" / part
         found = str(path) if path.is_file() else f"{path} is missing; reinstall fastgen"
         rows.append(_row(f"emoji {part.split('/')[0]}", found, path.is_file(), False))
+    file = lpips.locate("")
+    found = str(file) if file.is_file() else f"{file} is missing; `python -m fastgen.lpips` writes it"
+    rows.append(_row("LPIPS's weights", found, file.is_file(), False))
     for name in ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE"):
         rows.append(_row(name, os.environ.get(name, "not set"), True, False))
     return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,3 +38,10 @@ class Experts(nn.ModuleList):
 def members(network: nn.Module) -> list[nn.Module]:
     """The networks of a role: each of several, or the one."""
     return list(network) if isinstance(network, nn.ModuleList) else [network]
+
+
+def each(change: Callable[[nn.Module], nn.Module], network: nn.Module) -> nn.Module:
+    """What ``change`` makes of the network, or of each of several experts, which then are experts again."""
+    if isinstance(network, Experts):
+        return Experts([change(expert) for expert in network], network.starts)
+    return change(network)

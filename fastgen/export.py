@@ -328,9 +328,8 @@ def _variant_name(name: str, variant: str) -> str:
 
 def export_adapter(
     family: Family,
-    pipeline: Path,
+    opened: Opened,
     weights: Sequence[dict[str, torch.Tensor]],
-    component: str,
     base: str | None,
     folder: Path,
     *,
@@ -344,98 +343,69 @@ def export_adapter(
     """Write a student's adapter alone as a LoRA file, with its scheduler, if the stock pipeline takes all of it.
 
     The pipeline ``base`` with the file and the scheduler, called at guidance scale 1, must give what the exported
-    ``pipeline`` gives; returns the largest relative difference. weights: as ``lora.weights`` makes them for the
-    pipeline's ``component``; of experts, each one's, which become files of their own and are switched on from their
-    ``starts``, timesteps, on. base None: no stock pipeline takes them, and none is tried. Raises ExportError, with the
-    keys that were dropped or added if there are any.
+    pipeline gives, which is ``opened``; returns the largest relative difference. weights: as ``lora.weights`` makes
+    them; of experts, each one's, which become files of their own. They go to the base's own experts, or all to its one
+    network, and are switched on from their ``starts``, timesteps, on. base None: no stock pipeline takes them, and
+    none is tried. Raises ExportError, with the keys that were dropped or added if there are any.
     """
-    opened = functools.partial(from_pretrained, pipeline)
-    return write_adapter(
-        family,
-        opened(dtype=torch.float32),
-        opened,
-        weights,
-        component,
-        base,
-        folder,
-        num_steps=num_steps,
-        prompts=prompts,
-        card=card,
-        dtype=dtype,
-        starts=starts,
-        finish=finish,
-    )
-
-
-def write_adapter(
-    family: Family,
-    made: Any,
-    opened: Opened,
-    weights: Sequence[dict[str, torch.Tensor]],
-    component: str,
-    base: str | None,
-    folder: Path,
-    *,
-    num_steps: int | None,
-    prompts: list[str],
-    card: dict[str, Any],
-    dtype: torch.dtype = torch.float32,
-    starts: Sequence[float] = (),
-    finish: Finish = nothing_more,
-) -> float:
-    """The same for a pipeline ``made`` that is in memory; ``opened`` is told to ``finish``."""
     from safetensors.torch import save_file
 
-    files = [LORA] if len(weights) == 1 else [f"expert_{k}.safetensors" for k in range(1, len(weights) + 1)]
+    made = opened(dtype=torch.float32)
     with atomic_folder(folder) as partial:
-        for name, tensors in zip(files, weights, strict=True):
-            save_file({k: v.to(dtype) for k, v in tensors.items()}, partial / name, {"format": "pt"})
+        files = {partial / name: told for name, told in adapter_files(family, len(weights)).items()}
+        for file, tensors in zip(files, weights, strict=True):
+            save_file({k: v.to(dtype) for k, v in tensors.items()}, file, {"format": "pt"})
         made.scheduler.save_pretrained(partial / "scheduler")
-        if base is None:
-            difference = 0.0
-        else:
-            adapters = [partial / name for name in files]
-            difference = _on_base(family, made, base, adapters, starts, component, num_steps, prompts, dtype)
+        difference = 0.0
+        if base is not None:
+            allowed = TOLERANCE if dtype == torch.float32 else HALF_TOLERANCE
+            difference = _on_base(family, made, base, files, starts, num_steps, prompts, allowed)
         (partial / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
         finish(partial, made, opened)
     return difference
+
+
+def adapter_files(family: Family, count: int) -> dict[str, Mapping[str, Any]]:
+    """The names of a student's LoRA files, the one or each expert's, and what ``load_lora_weights`` is told of it."""
+    names = [LORA] if count == 1 else [f"expert_{k}.safetensors" for k in range(1, count + 1)]
+    return dict(zip(names, [*family.experts.values()] or [{}] * count, strict=True))
 
 
 def _on_base(
     family: Family,
     made: Any,
     base: str,
-    files: Sequence[Path],
+    files: Mapping[Path, Mapping[str, Any]],
     starts: Sequence[float],
-    component: str,
     num_steps: int | None,
     prompts: list[str],
-    dtype: torch.dtype,
+    allowed: float,
 ) -> float:
-    """The largest relative difference between a pipeline and ``base`` with LoRA files, on from their starts."""
+    """The largest relative difference between a pipeline and ``base`` with LoRA files, loaded as each is told."""
     from diffusers import DiffusionPipeline
     from safetensors import safe_open
 
     names = [file.stem for file in files]
     try:
-        stock = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
+        stock = DiffusionPipeline.from_pretrained(base, dtype=torch.float32).to(made.device)
         stock.scheduler = made.scheduler
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)  # of each further file
-            for file, name in zip(files, names, strict=True):
-                stock.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+            for file, told in files.items():
+                stock.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=file.stem, **told)
     except Exception as error:
-        raise ExportError(f"{files[0].name} not written: {base} does not load it ({_short(error)})") from error
-    for file, name in zip(files, names, strict=True):
+        raise ExportError(
+            f"{', '.join(file.name for file in files)} not written: {base} does not load it ({_short(error)})"
+        ) from error
+    for file, place in zip(files, [*family.experts] or [family.component] * len(files), strict=True):
         with safe_open(file, framework="pt") as opened:
             wanted = set(opened.keys())
-        found = {f"{component}.{key}" for key in _adapter_keys(getattr(stock, component), name)}
+        found = {f"{family.component}.{key}" for key in _adapter_keys(getattr(stock, place), file.stem)}
         if found != wanted:
             dropped, added = sorted(wanted - found), sorted(found - wanted)
             raise ExportError(
                 f"{file.name} not written: loading it in {base} drops {dropped[:3]} and adds {added[:3]}"
             )
-    stock.set_adapters(names[0])
 
     times = family.student_times(num_steps) if num_steps is not None else []
 
@@ -445,14 +415,17 @@ def _on_base(
             pipeline.set_adapters(names[sum(coming[0] <= start for start in starts[1:])])
         return tensors
 
+    more: dict[str, Any] = {}
+    if starts and not family.experts:
+        stock.set_adapters(names[0])
+        more = {"callback_on_step_end": switch}
     unguided = 1.0 if family.unguided is None else family.unguided
     latents: list[torch.Tensor] = []
-    for called, more in ((made, {}), (stock, {"callback_on_step_end": switch} if starts else {})):
+    for called, told in ((made, {}), (stock, more)):
         called.set_progress_bar_config(disable=True)
         with _same_noise(prompts) as generator:
-            latents.append(family.run(called, prompts, num_steps or 4, generator, unguided, **more).float())
+            latents.append(family.run(called, prompts, num_steps or 4, generator, unguided, **told).float())
     difference = float((latents[0] - latents[1]).abs().max() / latents[0].abs().max().clamp(min=1e-3))
-    allowed = TOLERANCE if dtype == torch.float32 else HALF_TOLERANCE
     if not difference <= allowed:
         raise ExportError(
             f"{', '.join(file.name for file in files)} not written: with it {base} differs from the exported pipeline "

@@ -184,6 +184,8 @@ def extract(base: str, student: str, folder: Path, options: Options) -> Kept:
         family: Family = module.load(place, device)
     if not family.component:
         raise ValueError(f"{base}: its pipeline takes no LoRA files")
+    if family.experts:
+        raise ValueError(f"{base}: is of several experts, of which no difference is taken; name a base of one network")
     theirs = network_folder(Path(place), family.component)
     ours = network_folder(Path(recipes.locate(student)), family.component)
     kinds = [json.loads((part / "config.json").read_text(encoding="utf-8"))["_class_name"] for part in (theirs, ours)]
@@ -209,12 +211,11 @@ def extract(base: str, student: str, folder: Path, options: Options) -> Kept:
         (partial / publish.README).write_text(model_card(facts), encoding="utf-8")
 
     named = {f"{family.component}.{name}": value for name, value in tensors.items()}
-    difference = export.write_adapter(
+    made = made.to(device)
+    difference = export.export_adapter(
         family,
-        made.to(device),
         lambda **_: made,
         [named],
-        family.component,
         place,
         folder,
         num_steps=settings.get("num_inference_steps"),
@@ -296,7 +297,7 @@ def facts_of(
         PROMPTS[0],
         options.repo or f"path/to/{folder.name}",
         base=publish.place_of(bases[0]),
-        weights=export.LORA,
+        weights=export.adapter_files(family, 1),
         global_noise=family.step_noise == "global",
         dtype=str(DTYPES[options.dtype]).removeprefix("torch."),
     )

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import option, suggest
-from .experts import Experts
+from .experts import each, members
 from .family import Family
 
 
@@ -44,12 +44,7 @@ class Lora:
 
 
 def layers_of(network: nn.Module) -> list[str]:
-    """The layers an adapter may go to: linear and convolution layers that learn now, or all of them if none does.
-
-    Raises ValueError if it is several experts.
-    """
-    if isinstance(network, Experts):
-        raise ValueError("lora: adapters do not go on a teacher of several experts; train all weights, without lora")
+    """The layers an adapter may go to: linear and convolution layers that learn now, or all of them if none does."""
     frozen = not any(p.requires_grad for p in network.parameters())
     return [
         name
@@ -188,12 +183,16 @@ def plain(network: nn.Module) -> nn.Module:
     return network.backbone.network if isinstance(network, View) else network
 
 
-def view(network: nn.Module, lora: Lora) -> View:
-    """The network without adapters, as one that others can share; its weights are not copied.
+def view(network: nn.Module, lora: Lora) -> nn.Module:
+    """The network without adapters, as one that others can share; its weights are not copied. Of experts, each.
 
     ``network`` itself is left as it is: adapters go to modules of their own on the same tensors. Raises ValueError if
     it has no layer that ``lora`` names.
     """
+    return each(lambda one: _view(one, lora), network)
+
+
+def _view(network: nn.Module, lora: Lora) -> View:
     if isinstance(network, View):
         return View(network.backbone, lora, network.backbone.chosen(lora.targets), network.adapter)
     tensors: dict[int, Any] = {id(t): t for t in chain(network.parameters(), network.buffers())}
@@ -203,33 +202,43 @@ def view(network: nn.Module, lora: Lora) -> View:
 
 @dataclass(frozen=True)
 class Students:
-    """Makes a family's students as adapters on frozen networks, one for those that take the guidance scale."""
+    """Makes a family's students as adapters on frozen networks, one for those that take the guidance scale.
+
+    Where the teacher is of several experts, each has its own.
+    """
 
     family: Family
     lora: Lora
-    bases: dict[bool, View] = field(default_factory=dict)
+    bases: dict[bool, nn.Module] = field(default_factory=dict)
 
-    def base(self, embed_guidance: bool) -> View:
-        """The frozen network. Its weights are the teacher's own tensors where a student starts from them."""
+    def base(self, embed_guidance: bool) -> nn.Module:
+        """The frozen network, a view. Its weights are the teacher's own tensors where a student starts from them."""
         if embed_guidance not in self.bases:
             network = self.family.student(embed_guidance=True) if embed_guidance else self.family.student()
-            backbone = Backbone(network, layers_of(network))
-            network.load_state_dict(self.tied(network), strict=False, assign=True)
-            layers = backbone.chosen(self.lora.targets)
-            if embed_guidance:  # where the scale comes in, an adapter is needed whatever the targets are
-                without = self.base(False).backbone
-                layers += [n for n in backbone.candidates if n not in layers and not _same_layer(without, backbone, n)]
-            self.bases[embed_guidance] = View(backbone, self.lora, layers)
+            teachers = iter(members(self.family.denoiser.network))
+            views = iter(members(self.base(False)) if embed_guidance else ())
+            self.bases[embed_guidance] = each(lambda one: self._base(one, next(teachers), next(views, None)), network)
         return self.bases[embed_guidance]
 
-    def tied(self, network: nn.Module) -> dict[str, Tensor]:
-        """The teacher's tensors that the network has, too."""
-        own, theirs = network.state_dict(), self.family.denoiser.network.state_dict()
-        return {name: value for name, value in theirs.items() if name in own and torch.equal(own[name], value)}
+    def _base(self, network: nn.Module, teacher: nn.Module, without: Any) -> View:
+        """without: the view of the same that does not take the guidance scale; None: of this one."""
+        backbone = Backbone(network, layers_of(network))
+        network.load_state_dict(tied(network, teacher), strict=False, assign=True)
+        layers = backbone.chosen(self.lora.targets)
+        if without is not None:  # where the scale comes in, an adapter is needed whatever the targets are
+            new = [name for name in backbone.candidates if not _same_layer(without.backbone, backbone, name)]
+            layers += [name for name in new if name not in layers]
+        return View(backbone, self.lora, layers)
 
-    def __call__(self, embed_guidance: bool = False) -> View:
+    def __call__(self, embed_guidance: bool = False) -> nn.Module:
         """A new student."""
-        return self.base(embed_guidance).with_adapter()
+        return each(View.with_adapter, self.base(embed_guidance))  # type: ignore[arg-type]  # all of it is views
+
+
+def tied(network: nn.Module, teacher: nn.Module) -> dict[str, Tensor]:
+    """The teacher's tensors that the network has, too."""
+    own, theirs = network.state_dict(), teacher.state_dict()
+    return {name: value for name, value in theirs.items() if name in own and torch.equal(own[name], value)}
 
 
 def _same_layer(one: Backbone, two: Backbone, name: str) -> bool:
@@ -245,7 +254,7 @@ def adapted(family: Family, lora: Lora, share_backbone: bool = False) -> Family:
 
     share_backbone: the teacher too is a view of the students' network, so that each copy of it (a fake score, a
     target) is an adapter. Raises ValueError if the student does not start as the teacher then, or has no layer that
-    ``lora`` names, or if the teacher is of several experts.
+    ``lora`` names.
     """
     if isinstance(family.student, Students):
         return family
@@ -253,24 +262,32 @@ def adapted(family: Family, lora: Lora, share_backbone: bool = False) -> Family:
     base = students.base(False)
     if not share_backbone:
         return replace(family, student=students)
-    theirs, starts = family.denoiser.network.state_dict().keys(), students.tied(plain(base)).keys()
-    if not (theirs <= base.state_dict().keys() and {f"{name}.weight" for name in base.backbone.candidates} <= starts):
-        raise ValueError(
-            "student.share_backbone needs a student that starts as the teacher; "
-            "leave out student.init or student.share_backbone"
-        )
+    for one, teacher in zip(members(base), members(family.denoiser.network), strict=True):
+        if not _starts_as(one, teacher):
+            raise ValueError(
+                "student.share_backbone needs a student that starts as the teacher; "
+                "leave out student.init or student.share_backbone"
+            )
     return replace(family, student=students, denoiser=family.denoiser.with_network(base))
 
 
-def fused(network: nn.Module) -> nn.Module:
-    """A plain copy of a view's network with the adapter in its weights; any other network itself.
+def _starts_as(student: Any, teacher: nn.Module) -> bool:
+    """Whether a view without an adapter has all that the teacher has, and its layers are the teacher's."""
+    layers = {f"{name}.weight" for name in student.backbone.candidates}
+    return (
+        teacher.state_dict().keys() <= student.state_dict().keys()
+        and layers <= tied(student.backbone.network, teacher).keys()
+    )
 
-    Of experts, each.
-    """
+
+def fused(network: nn.Module) -> nn.Module:
+    """A plain copy of a view's network with the adapter in its weights; any other network itself. Of experts, each."""
+    return each(_fused, network)
+
+
+def _fused(network: nn.Module) -> nn.Module:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if isinstance(network, Experts):
-        return Experts([fused(expert) for expert in network], network.starts)
     if not isinstance(network, View):
         return network
     made: Any = copy.deepcopy(network.backbone.network)
@@ -296,17 +313,26 @@ def weights(network: View, component: str) -> dict[str, Tensor]:
     }
 
 
-def loaded(family: Family, file: Path, embed_guidance: bool = False) -> View:
+def loaded(family: Family, *files: Path, embed_guidance: bool = False) -> nn.Module:
     """A student of this family with the adapter of a LoRA file, which may come from another checkpoint of its base.
 
-    embed_guidance: it takes the guidance scale as an input. Raises ValueError, listing the keys, if the adapter has
-    keys for which the network has no place, or a shape that does not fit.
+    files: one, or of a teacher of several experts one for each. embed_guidance: it takes the guidance scale as an
+    input. Raises ValueError if they are not as many, or, listing the keys, if an adapter has keys for which the
+    network has no place, or a shape that does not fit.
     """
     if isinstance(family.student, Students):
         family = family.student.family
-    tensors = {name.removeprefix(f"{family.component}."): value for name, value in load_file(file).items()}
-    layers = {name.partition(".lora_")[0] for name in tensors}
     network = family.student(embed_guidance=True) if embed_guidance else family.student()
+    count = len(members(network))
+    if len(files) != count:
+        raise ValueError(f"{len(files)} LoRA files for {count} network{'s' * (count > 1)}; name one for each")
+    rest = iter(files)
+    return each(lambda one: _loaded(one, next(rest), family.component), network)
+
+
+def _loaded(network: nn.Module, file: Path, component: str) -> View:
+    tensors = {name.removeprefix(f"{component}."): value for name, value in load_file(file).items()}
+    layers = {name.partition(".lora_")[0] for name in tensors}
     backbone = Backbone(network, layers_of(network))
     lost = sorted(name for name in tensors if name.partition(".lora_")[0] not in backbone.candidates)
     if lost:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import re
 import textwrap
@@ -16,7 +17,8 @@ import yaml
 
 from . import calls, export
 from . import recipe as recipes
-from .card import HUB_LICENCES, Base, Call, Form, Licence, Results, licence_called
+from .card import HUB_LICENCES, Base, Call, Form, Licence, Results, licence_called, public
+from .checkpoint import atomic_file
 from .recipe import Recipe
 
 log = logging.getLogger("fastgen")
@@ -182,14 +184,34 @@ def check_repo(repo: str) -> None:
         raise ValueError(f"--push-to-hub {repo!r}: is not a repository's id; write OWNER/NAME") from None
 
 
+def without_paths(folder: Path) -> None:
+    """Let an exported folder name what it was made from by Hub id or folder's name, not by where that lies here.
+
+    Diffusers, too, writes where a component came from.
+    """
+    for file in (folder / export.CARD, folder / "model_index.json", *folder.glob("*/config.json")):
+        own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        named = own | {key: _named(own[key]) for key in ("base_model", "_name_or_path") if own.get(key)}
+        made = public(named) if file.name == export.CARD else named
+        if made != own:
+            with atomic_file(file) as partial:
+                partial.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+
+
+def _named(path: str) -> str:
+    folder = Path(recipes.locate(path))
+    return _called(folder) if folder.is_absolute() or folder.exists() else path
+
+
 def push(folder: Path, repo: str, private: bool = False) -> str:
     """Upload a folder to the Hub and return where it is then; the token is the environment's or the login's.
 
-    private: of a repository that is made now. Raises ValueError without a connection or a token, OSError if the Hub
-    does not take it; the folder stays.
+    private: of a repository that is made now. The folder stays, but no longer says where its bases lie on this
+    machine. Raises ValueError without a connection or a token, OSError if the Hub does not take it.
     """
     import huggingface_hub
 
+    without_paths(folder)
     later = f"{folder} is written; `hf upload {repo} {folder}` pushes it later"
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise ValueError(f"not pushed to {repo}: HF_HUB_OFFLINE is set; {later}")

@@ -49,6 +49,12 @@ class UNetExperts(UNet2DConditionModel):
         expert: Any = self.experts[0]
         return expert.config
 
+    @property
+    def add_embedding(self) -> Any:
+        """That of the first U-Net, where SDXL's pipeline looks up a width."""
+        expert: Any = self.experts[0]
+        return expert.add_embedding
+
     def forward(self, sample: torch.Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         """What the expert of this timestep gives, which is one for the whole batch. Raises ValueError if it is not."""
         t = torch.as_tensor(timestep).flatten().tolist()

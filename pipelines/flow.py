@@ -1,4 +1,4 @@
-"""Rectified-flow schedules of stock schedulers, and the schedulers that students on them are shipped with.
+"""Rectified-flow schedules of stock schedulers, the schedulers that students on them are shipped with, and families.
 
 The student's times are shift(1), shift(1 - 1/N), ..., shift(1/N). Pipelines ask ``FlowMatchEulerDiscreteScheduler``
 for N steps in two ways: with the sigmas 1, 1 - 1/N, ..., 1/N, which it shifts, or with the number alone. Then it takes
@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch import Tensor, nn
 
+from fastgen.denoiser import Cond, Denoiser
+from fastgen.family import Block, Family
 from fastgen.sampling import Sampler, ddim_times
 from fastgen.schedule import Flow
+
+from . import stock
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 """Of all students, with noise added between the steps or without."""
@@ -111,3 +116,53 @@ def times(scheduler: Any, num_steps: int, ask: Ask) -> list[float]:
     ask(made, num_steps)
     found: torch.Tensor = made.sigmas[:-1]
     return [float(t) for t in found.double()]
+
+
+def family(
+    pipeline: Any,
+    denoiser: Denoiser,
+    encode_prompts: Callable[[Sequence[str]], Cond],
+    encode: Callable[[Tensor], Tensor],
+    decode: Callable[[Tensor], Tensor],
+    latent_shape: tuple[int, ...],
+    size: Mapping[str, Any],
+    blocks: Sequence[Block],
+    ask: Ask,
+    start: float,
+    unpack: Callable[[Tensor], Tensor] = lambda latents: latents,
+    shift: Callable[[int], float] | None = None,
+    parts: Callable[[nn.Module], Mapping[str, Any]] = lambda network: {"transformer": network},
+    settings: Mapping[str, Any] | None = None,
+) -> Family:
+    """The family of a pipeline round a transformer, whose students are copies of the teacher's network.
+
+    What a family has otherwise it replaces. size: what the call is told of it, height and width in pixels among them.
+    ask: how the pipeline asks its scheduler. unpack: of the latents that the call gives. shift: num_steps -> that of a
+    student's times; None: the teacher's. parts: of the pipeline that the network becomes. settings: of a student's
+    pipeline.
+    """
+    schedule: Any = denoiser.schedule
+
+    def scheduler(num_steps: int, sampler: Sampler = "renoise") -> Any:
+        return student_scheduler(num_steps, sampler, shift(num_steps) if shift else schedule.shift, ask, start)
+
+    def with_network(network: nn.Module, num_steps: int | None, sampler: Sampler = "renoise") -> Any:
+        new = {} if num_steps is None else {"scheduler": scheduler(num_steps, sampler), **(settings or {})}
+        return stock.rebuilt(pipeline, **parts(network), **new)
+
+    return Family(
+        denoiser=denoiser,
+        latent_shape=latent_shape,
+        encode_prompts=encode_prompts,
+        uncond=lambda: encode_prompts([""]),
+        encode=encode,
+        decode=decode,
+        student=lambda embed_guidance=False: copy.deepcopy(denoiser.network).requires_grad_(True),
+        student_times=lambda n: times(scheduler(n), n, ask),
+        blocks=blocks,
+        pipeline=with_network,
+        image_size=(size["height"], size["width"]),
+        run=stock.caller(unpack, **size),
+        step_noise="global",
+        component="transformer",
+    )

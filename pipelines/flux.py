@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 
 from fastgen.denoiser import Cond, Denoiser
 from fastgen.family import About, Block, Family
-from fastgen.sampling import Sampler
 
 from . import flow, stock
 
@@ -109,34 +109,26 @@ def wrap(
         text, pooled, _ = pipeline.encode_prompt(list(prompts), device=device)
         return {"text": text.float(), "pooled": pooled.float()}
 
-    def scheduler(num_steps: int, sampler: Sampler = "renoise") -> Any:
-        return flow.student_scheduler(num_steps, sampler, schedule.shift, flow.by_sigmas, start)
-
-    def with_network(made: nn.Module, num_steps: int | None, sampler: Sampler = "renoise") -> FluxPipeline:
-        parts = {} if num_steps is None else {"scheduler": scheduler(num_steps, sampler)}
-        return stock.rebuilt(pipeline, transformer=made, **parts)
-
-    return Family(
-        denoiser=Denoiser(network, schedule, "flow", call, autocast, stock.image_tokens),
+    found = flow.family(
+        pipeline,
+        Denoiser(network, schedule, "flow", call, autocast, stock.image_tokens),
+        encode_prompts,
+        encode,
+        decode,
         latent_shape=(network.config.in_channels // 4, height, width),
-        encode_prompts=encode_prompts,
-        uncond=lambda: encode_prompts([""]),
-        encode=encode,
-        decode=decode,
-        student=lambda embed_guidance=False: student(network, embed_guidance),
-        student_times=lambda n: flow.times(scheduler(n), n, flow.by_sigmas),
+        size={"height": height * factor, "width": width * factor},
         blocks=[Block(names[i], network.inner_dim, min(rows, columns)) for i in stock.some(len(names))],
-        pipeline=with_network,
-        image_size=(height * factor, width * factor),
-        run=stock.caller(
-            lambda tokens: stock.unpacked(tokens, height, width), height=height * factor, width=width * factor
-        ),
-        step_noise="global",
+        ask=flow.by_sigmas,
+        start=start,
+        unpack=lambda tokens: stock.unpacked(tokens, height, width),
+    )
+    return replace(
+        found,
+        student=lambda embed_guidance=False: student(network, embed_guidance),
         global_noise=stock.packed_noise,
         unguided=GUIDANCE if takes else None,
         stock_guidance=GUIDANCE,
         fix_guidance=(lambda scale: fix_guidance(network, scale)) if takes else None,
-        component="transformer",
     )
 
 

@@ -11,8 +11,8 @@ which makes the stock call not guide them.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from fastgen.denoiser import Cond, Denoiser
 from fastgen.family import About, Block, Family
-from fastgen.sampling import Sampler
 from fastgen.schedule import Flow
 
 from . import flow, stock
@@ -61,7 +60,6 @@ def wrap(
     network, vae, device, factor = pipeline.transformer, pipeline.vae, pipeline.device, pipeline.vae_scale_factor
     stock.prepared(pipeline, "transformer", "vae", "text_encoder")
     rows, columns = stock.latents_of(network, pipeline.default_sample_size // 2, 2 * factor, image_size)
-    size = {"height": 2 * rows * factor, "width": 2 * columns * factor}
     klein = isinstance(pipeline, Flux2KleinPipeline)
     scale = None if klein or not network.config.guidance_embeds else stock.own(pipeline, "guidance_scale")
     mean = vae.bn.running_mean.reshape(-1, 1, 1)
@@ -111,15 +109,6 @@ def wrap(
         """What a call gives: klein's are the autoencoder's own."""
         return (patched(made, 2) - mean) / std if klein else made.transpose(1, 2).unflatten(2, (rows, columns))
 
-    def scheduler(num_steps: int, sampler: Sampler = "renoise") -> Any:
-        return flow.student_scheduler(num_steps, sampler, shifted(num_steps), flow.by_sigmas, start)
-
-    def with_network(made: nn.Module, num_steps: int | None, sampler: Sampler = "renoise") -> Any:
-        parts: dict[str, Any] = {} if num_steps is None else {"scheduler": scheduler(num_steps, sampler)}
-        return stock.rebuilt(
-            pipeline, transformer=made, **parts, **({"is_distilled": True} if klein and parts else {})
-        )
-
     def fix_guidance(wanted: float) -> None:
         if wanted != scale:
             raise ValueError(
@@ -129,25 +118,22 @@ def wrap(
 
     names = [f"transformer_blocks.{i}" for i in range(network.config.num_layers)]
     names += [f"single_transformer_blocks.{i}" for i in range(network.config.num_single_layers)]
-    return Family(
-        denoiser=Denoiser(network, schedule, "flow", call, autocast, read),
+    found = flow.family(
+        pipeline,
+        Denoiser(network, schedule, "flow", call, autocast, read),
+        encode_prompts,
+        encode,
+        decode,
         latent_shape=(network.config.in_channels, rows, columns),
-        encode_prompts=encode_prompts,
-        uncond=lambda: encode_prompts([""]),
-        encode=encode,
-        decode=decode,
-        student=lambda embed_guidance=False: copy.deepcopy(network).requires_grad_(True),
-        student_times=lambda n: flow.times(scheduler(n), n, flow.by_sigmas),
+        size={"height": 2 * rows * factor, "width": 2 * columns * factor},
         blocks=[Block(names[i], network.inner_dim, min(rows, columns)) for i in stock.some(len(names))],
-        pipeline=with_network,
-        image_size=(size["height"], size["width"]),
-        run=stock.caller(unpacked, **size),
-        step_noise="global",
-        global_noise=noise,
-        unguided=scale,
-        fix_guidance=None if scale is None else fix_guidance,
-        component="transformer",
+        ask=flow.by_sigmas,
+        start=start,
+        unpack=unpacked,
+        shift=shifted,
+        settings={"is_distilled": True} if klein else {},
     )
+    return replace(found, global_noise=noise, unguided=scale, fix_guidance=None if scale is None else fix_guidance)
 
 
 load = stock.loader(wrap)

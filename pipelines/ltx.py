@@ -7,8 +7,8 @@ An autoencoder that is told a timestep decodes at the stock call's.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from fastgen.denoiser import Cond, Denoiser
 from fastgen.family import About, Block, Family
-from fastgen.sampling import Sampler
 
 from . import flow, stock
 
@@ -79,25 +78,15 @@ def wrap(
         text, mask, _, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False, device=device)
         return {"text": text.float(), "mask": mask.float()}
 
-    def scheduler(num_steps: int, sampler: Sampler = "renoise") -> Any:
-        return flow.student_scheduler(num_steps, sampler, schedule.shift, flow.by_sigmas, start)
-
-    def with_network(made: nn.Module, num_steps: int | None, sampler: Sampler = "renoise") -> LTXPipeline:
-        parts = {} if num_steps is None else {"scheduler": scheduler(num_steps, sampler)}
-        return stock.rebuilt(pipeline, transformer=made, **parts)
-
     config: Any = network.config
-    return Family(
-        denoiser=Denoiser(
-            network, schedule, "flow", call, autocast, lambda output, x_t: stock.tokens_as_map(output, x_t, 1)
-        ),
+    found = flow.family(
+        pipeline,
+        Denoiser(network, schedule, "flow", call, autocast, lambda output, x_t: stock.tokens_as_map(output, x_t, 1)),
+        encode_prompts,
+        encode,
+        decode,
         latent_shape=(config.in_channels, depth, height, width),
-        encode_prompts=encode_prompts,
-        uncond=lambda: encode_prompts([""]),
-        encode=encode,
-        decode=decode,
-        student=lambda embed_guidance=False: copy.deepcopy(network).requires_grad_(True),
-        student_times=lambda n: flow.times(scheduler(n), n, flow.by_sigmas),
+        size={"height": height * factor, "width": width * factor, "num_frames": frames},
         blocks=[
             Block(
                 f"transformer_blocks.{i}",
@@ -106,13 +95,11 @@ def wrap(
             )
             for i in stock.some(config.num_layers)
         ],
-        pipeline=with_network,
-        image_size=(height * factor, width * factor),
-        run=stock.caller(unpacked, height=height * factor, width=width * factor, num_frames=frames),
-        step_noise="global",
-        global_noise=lambda x_t: unpacked(torch.randn(packed(x_t).shape, device=x_t.device)),
-        component="transformer",
+        ask=flow.by_sigmas,
+        start=start,
+        unpack=unpacked,
     )
+    return replace(found, global_noise=lambda x_t: unpacked(torch.randn(packed(x_t).shape, device=x_t.device)))
 
 
 load = stock.loader(wrap)

@@ -10,9 +10,8 @@ negative prompt.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 from diffusers import QwenImagePipeline
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 
 from fastgen.denoiser import Cond, Denoiser, classifier_free
 from fastgen.family import About, Block, Family
-from fastgen.sampling import Sampler
 
 from . import flow, stock
 
@@ -78,36 +76,23 @@ def wrap(
         found = torch.ones(text.shape[:2], device=device) if mask is None else mask  # None: all of them are tokens
         return stock.padded([row[kept.bool()] for row, kept in zip(text, found, strict=True)], length)
 
-    def scheduler(num_steps: int, sampler: Sampler = "renoise") -> Any:
-        return flow.student_scheduler(num_steps, sampler, schedule.shift, flow.by_sigmas, start)
-
-    def with_network(made: nn.Module, num_steps: int | None, sampler: Sampler = "renoise") -> QwenImagePipeline:
-        parts = {} if num_steps is None else {"scheduler": scheduler(num_steps, sampler)}
-        return stock.rebuilt(pipeline, transformer=made, **parts)
-
-    return Family(
-        denoiser=Denoiser(network, schedule, "flow", call, autocast, stock.image_tokens, guide),
-        latent_shape=(network.config.in_channels // 4, height, width),
-        encode_prompts=encode_prompts,
-        uncond=lambda: encode_prompts([" "]),
+    found = flow.family(
+        pipeline,
+        Denoiser(network, schedule, "flow", call, autocast, stock.image_tokens, guide),
+        encode_prompts,
         encode=lambda pixels: encode(pixels)[:, :, 0],
         decode=lambda latents: decode(latents[:, :, None])[:, :, 0],
-        student=lambda embed_guidance=False: copy.deepcopy(network).requires_grad_(True),
-        student_times=lambda n: flow.times(scheduler(n), n, flow.by_sigmas),
+        latent_shape=(network.config.in_channels // 4, height, width),
+        size={"height": height * factor, "width": width * factor},
         blocks=[
             Block(f"transformer_blocks.{i}", network.inner_dim, min(rows, columns))
             for i in stock.some(network.config.num_layers)
         ],
-        pipeline=with_network,
-        image_size=(height * factor, width * factor),
-        run=stock.caller(
-            lambda tokens: stock.unpacked(tokens, height, width), height=height * factor, width=width * factor
-        ),
-        step_noise="global",
-        global_noise=stock.packed_noise,
-        unguided=None,
-        component="transformer",
+        ask=flow.by_sigmas,
+        start=start,
+        unpack=lambda tokens: stock.unpacked(tokens, height, width),
     )
+    return replace(found, uncond=lambda: encode_prompts([" "]), global_noise=stock.packed_noise, unguided=None)
 
 
 load = stock.loader(wrap)

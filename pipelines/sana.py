@@ -8,10 +8,10 @@ an input leave as another class: ``sana_sprint``.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from fastgen.denoiser import Cond, Denoiser
 from fastgen.family import About, Block, Family
-from fastgen.sampling import Sampler
 
 from . import flow, stock
 
@@ -58,28 +57,19 @@ def wrap(
         )[0]
         return found[:, : x_t.shape[1]]  # some learn variances besides
 
-    def scheduler(num_steps: int, sampler: Sampler = "renoise") -> Any:
-        return flow.student_scheduler(num_steps, sampler, schedule.shift, flow.by_number, start)
-
-    def with_network(made: nn.Module, num_steps: int | None, sampler: Sampler = "renoise") -> SanaPipeline:
-        parts = {} if num_steps is None else {"scheduler": scheduler(num_steps, sampler)}
-        return stock.rebuilt(pipeline, transformer=made, **parts)
-
-    return Family(
-        denoiser=Denoiser(network, schedule, "flow", call, autocast, reader(network)),
+    found = flow.family(
+        pipeline,
+        Denoiser(network, schedule, "flow", call, autocast, reader(network)),
+        encode_prompts,
+        encode,
+        decode,
         latent_shape=(network.config.in_channels, height, width),
-        encode_prompts=encode_prompts,
-        uncond=uncond,
-        encode=encode,
-        decode=decode,
-        student=lambda embed_guidance=False: copy.deepcopy(network).requires_grad_(True),
-        student_times=lambda n: flow.times(scheduler(n), n, flow.by_number),
+        size={"height": height * factor, "width": width * factor, "use_resolution_binning": False},
         blocks=blocks(network, min(height, width)),
-        pipeline=with_network,
-        image_size=(height * factor, width * factor),
-        run=stock.caller(height=height * factor, width=width * factor, use_resolution_binning=False),
-        component="transformer",
+        ask=flow.by_number,
+        start=start,
     )
+    return replace(found, uncond=uncond, step_noise="generator")
 
 
 def text(pipeline: SanaPipeline | SanaSprintPipeline) -> tuple[Callable[[Sequence[str]], Cond], Callable[[], Cond]]:

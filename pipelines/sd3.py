@@ -6,7 +6,6 @@ alone; noise between its steps comes from torch's global generator. It is called
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from fastgen.denoiser import Cond, Denoiser
 from fastgen.family import About, Block, Family
-from fastgen.sampling import Sampler
 
 from . import flow, stock
 
@@ -61,34 +59,23 @@ def wrap(
         )
         return {"text": text.float(), "pooled": pooled.float()}
 
-    def scheduler(num_steps: int, sampler: Sampler = "renoise") -> Any:
-        return flow.student_scheduler(num_steps, sampler, schedule.shift, flow.by_number, start)
-
-    def with_network(made: nn.Module, num_steps: int | None, sampler: Sampler = "renoise") -> StableDiffusion3Pipeline:
-        parts = {} if num_steps is None else {"scheduler": scheduler(num_steps, sampler)}
-        return stock.rebuilt(pipeline, transformer=made, **parts)
-
     def read(output: Any, x_t: Tensor) -> Tensor:
         return stock.tokens_as_map(output[1], x_t, patch)  # (text, image)
 
-    return Family(
-        denoiser=Denoiser(network, schedule, "flow", call, autocast, read),
+    return flow.family(
+        pipeline,
+        Denoiser(network, schedule, "flow", call, autocast, read),
+        encode_prompts,
+        encode,
+        decode,
         latent_shape=(network.config.in_channels, height, width),
-        encode_prompts=encode_prompts,
-        uncond=lambda: encode_prompts([""]),
-        encode=encode,
-        decode=decode,
-        student=lambda embed_guidance=False: copy.deepcopy(network).requires_grad_(True),
-        student_times=lambda n: flow.times(scheduler(n), n, flow.by_number),
+        size={"height": height * factor, "width": width * factor},
         blocks=[
             Block(f"transformer_blocks.{i}", network.inner_dim, min(height, width) // patch)
             for i in stock.some(network.config.num_layers - 1)  # the last one gives no text, and is close to pixels
         ],
-        pipeline=with_network,
-        image_size=(height * factor, width * factor),
-        run=stock.caller(height=height * factor, width=width * factor),
-        step_noise="global",
-        component="transformer",
+        ask=flow.by_number,
+        start=start,
     )
 
 

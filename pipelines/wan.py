@@ -1,14 +1,15 @@
 """Wan 2.1 and 2.2: ``WanPipeline``, text to video by a transformer, or two of them, on rectified flow.
 
 Wan 2.2 has two experts, ``transformer`` and ``transformer_2``, switched at ``boundary_ratio``. A teacher of two is
-``Experts``, and so are its students; a student of two phases of a teacher of one leaves with two. The pipeline asks
-its scheduler for a number of steps and hands it no generator; UniPC, its own, is read for its ``flow_shift`` alone.
+``Experts``, and so are its students, whose adapters leave as a LoRA file for each; a student of two phases of a
+teacher of one leaves with two. The pipeline asks its scheduler for a number of steps and hands it no generator; UniPC,
+its own, is read for its ``flow_shift`` alone.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 from fastgen.denoiser import Cond, Denoiser
 from fastgen.experts import Experts, members
 from fastgen.family import About, Block, Family
-from fastgen.sampling import Sampler
 
 from . import flow, stock
 
@@ -28,6 +28,8 @@ ABOUT = About(
     schedulers={"renoise": flow.SCHEDULER, "ddim": flow.SCHEDULER},
     lora=True,
 )
+EXPERTS: dict[str, dict[str, Any]] = {"transformer": {}, "transformer_2": {"load_into_transformer_2": True}}
+"""What ``load_lora_weights`` is told for each; in a LoRA file both are called "transformer"."""
 MARGIN = 1e-6
 """Between the first expert's last time and the second's first: the pipeline gives the boundary itself to the first."""
 
@@ -95,25 +97,17 @@ def wrap(
         )
         return {"text": text.float()}
 
-    def scheduler(num_steps: int, sampler: Sampler = "renoise") -> Any:
-        return flow.student_scheduler(num_steps, sampler, schedule.shift, flow.by_number, start)
-
-    def with_network(made: nn.Module, num_steps: int | None, sampler: Sampler = "renoise") -> WanPipeline:
-        parts = {} if num_steps is None else {"scheduler": scheduler(num_steps, sampler)}
-        return stock.rebuilt(pipeline, **parts_of(made), **parts)
-
     def read(output: Any, x_t: Tensor) -> Tensor:
         return stock.tokens_as_map(output, x_t, patch[2])
 
-    return Family(
-        denoiser=Denoiser(network, schedule, "flow", call, autocast, read),
+    found = flow.family(
+        pipeline,
+        Denoiser(network, schedule, "flow", call, autocast, read),
+        encode_prompts,
+        encode,
+        decode,
         latent_shape=(config.in_channels, depth, height, width),
-        encode_prompts=encode_prompts,
-        uncond=lambda: encode_prompts([""]),
-        encode=encode,
-        decode=decode,
-        student=lambda embed_guidance=False: copy.deepcopy(network).requires_grad_(True),
-        student_times=lambda n: flow.times(scheduler(n), n, flow.by_number),
+        size={"height": height * factor, "width": width * factor, "num_frames": frames},
         blocks=[
             Block(
                 f"blocks.{i}",
@@ -122,12 +116,11 @@ def wrap(
             )
             for i in stock.some(config.num_layers)
         ],
-        pipeline=with_network,
-        image_size=(height * factor, width * factor),
-        run=stock.caller(height=height * factor, width=width * factor, num_frames=frames),
-        step_noise="global",
-        component="" if isinstance(network, Experts) else "transformer",
+        ask=flow.by_number,
+        start=start,
+        parts=parts_of,
     )
+    return replace(found, experts=EXPERTS) if isinstance(network, Experts) else found
 
 
 load = stock.loader(wrap)

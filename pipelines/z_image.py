@@ -10,8 +10,8 @@ to the conditional output; a student is called at 0, where the stock call does n
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from fastgen.denoiser import Cond, Denoiser
 from fastgen.family import About, Block, Family
-from fastgen.sampling import Sampler
 
 from . import flow, stock
 
@@ -61,36 +60,25 @@ def wrap(
         )
         return stock.padded(texts, length)
 
-    def scheduler(num_steps: int, sampler: Sampler = "renoise") -> Any:
-        return flow.student_scheduler(num_steps, sampler, schedule.shift, flow.by_sigmas, start)
-
-    def with_network(made: nn.Module, num_steps: int | None, sampler: Sampler = "renoise") -> ZImagePipeline:
-        parts = {} if num_steps is None else {"scheduler": scheduler(num_steps, sampler)}
-        return stock.rebuilt(pipeline, transformer=made, **parts)
-
     def read(output: Any, x_t: Tensor) -> Tensor:
         tokens = x_t.shape[-2] * x_t.shape[-1] // 4
         return stock.tokens_as_map(output[:, :tokens], x_t, 2)  # padding and the text come after the image
 
-    return Family(
-        denoiser=Denoiser(network, schedule, "flow", call, autocast, read),
+    found = flow.family(
+        pipeline,
+        Denoiser(network, schedule, "flow", call, autocast, read),
+        encode_prompts,
+        encode,
+        decode,
         latent_shape=(network.config.in_channels, height, width),
-        encode_prompts=encode_prompts,
-        uncond=lambda: encode_prompts([""]),
-        encode=encode,
-        decode=decode,
-        student=lambda embed_guidance=False: copy.deepcopy(network).requires_grad_(True),
-        student_times=lambda n: flow.times(scheduler(n), n, flow.by_sigmas),
+        size={"height": height * factor, "width": width * factor},
         blocks=[
             Block(f"layers.{i}", network.config.dim, min(rows, columns)) for i in stock.some(network.config.n_layers)
         ],
-        pipeline=with_network,
-        image_size=(height * factor, width * factor),
-        run=stock.caller(height=height * factor, width=width * factor),
-        step_noise="global",
-        unguided=0.0,
-        component="transformer",
+        ask=flow.by_sigmas,
+        start=start,
     )
+    return replace(found, unguided=0.0)
 
 
 load = stock.loader(wrap)

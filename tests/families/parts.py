@@ -41,7 +41,6 @@ class Case:
         image_size: (height, width) in pixels, where the pipeline's own is not small; None: its own.
         num_frames: of a family of videos.
         guiding: scale -> the arguments by which the stock call does what our guidance by it does.
-        no_lora: why it takes no adapters; empty: it does.
         renoising_class: of the pipeline of a student that renoises; empty: its teacher's.
         exported: settings of the pipeline that a student's leaves with, other than its teacher's.
         step: the teacher's; one that draws noise is that of the students, on their times.
@@ -55,7 +54,6 @@ class Case:
     image_size: tuple[int, int] | None = None
     num_frames: int | None = None
     guiding: Callable[[float], Mapping[str, Any]] = lambda scale: {"guidance_scale": scale}
-    no_lora: str = ""
     renoising_class: str = ""
     exported: Mapping[str, Any] = field(default_factory=dict)
     step: Step = ddim

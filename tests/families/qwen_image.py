@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
@@ -12,9 +10,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from .parts import WIDTH, Case, flow_scheduler
 
 
-@functools.cache
 def words() -> Qwen2Tokenizer:
-    """Of single bytes, and the words of the pipeline's template."""
+    """Of single bytes, and the words of the pipeline's template; a new one each time, since other cases change it."""
     letters = sorted(bytes_to_unicode().values())
     vocab = {token: i for i, token in enumerate(["<|endoftext|>", *letters])}
     return Qwen2Tokenizer(vocab=vocab, merges=[])

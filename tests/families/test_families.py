@@ -5,6 +5,7 @@ A family is tested by having ``tests/families/<family>.py`` with a ``CASE``.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
@@ -13,6 +14,8 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 from fastgen import export, lora, recipe, registry, train
 from fastgen.denoiser import Denoise, guided
 from fastgen.discriminator import Heads, features
+from fastgen.experts import members
 from fastgen.export import drawn
 from fastgen.family import About, Family
 from fastgen.lora import Lora
@@ -92,6 +96,20 @@ def called_at(scheduler: Any) -> list[float]:
 def test_every_family_has_its_case() -> None:
     found = {path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("test_")}
     assert found - {"parts"} == set(registry.names("family"))
+
+
+def test_a_case_makes_the_same_pipeline_whatever_was_made_before_it() -> None:
+    """Else what is saved of it is not the base of the students that are made later."""
+    before = {name: weights_of(name) for name in FAMILIES}
+    for name in FAMILIES:
+        now = weights_of(name)
+        assert now.keys() == before[name].keys()
+        assert all(torch.equal(now[key], value) for key, value in before[name].items()), name
+
+
+def weights_of(name: str) -> dict[str, Tensor]:
+    parts = {part: made for part, made in opened(name)[0].components.items() if isinstance(made, nn.Module)}
+    return {f"{part}.{key}": value for part, made in parts.items() for key, value in made.state_dict().items()}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -242,32 +260,35 @@ def test_blocks_give_maps_that_heads_can_read(name: str) -> None:
 # Training
 
 
+Folders = Callable[[str], Path]
+
+
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for all saved pipelines, with prompts and images to train on."""
-    folder = tmp_path_factory.mktemp("families")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """By a case's name, a folder of its own: its saved pipeline, and images to train on."""
+    return functools.cache(lambda name: saved(name, tmp_path_factory.mktemp(name)))
+
+
+def saved(name: str, folder: Path) -> Path:
     from PIL import Image
 
-    generator = np.random.default_rng(0)
-    for name in FAMILIES:
-        pipeline, family = opened(name)
-        pipeline.save_pretrained(folder / name)
-        (folder / f"{name}-images").mkdir()
-        for i in range(len(case(name).prompts)):
-            pixels = generator.integers(0, 255, (*family.image_size, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{name}-images" / f"{i}.png")
-        lines = [json.dumps({"file": f"{i}.png", "caption": p}) for i, p in enumerate(case(name).prompts)]
-        (folder / f"{name}-images" / "captions.jsonl").write_text("\n".join(lines) + "\n")
+    pipeline, family = opened(name)
+    pipeline.save_pretrained(folder / "base")
+    (folder / "images").mkdir()
+    generator, lines = np.random.default_rng(0), []
+    for i, prompt in enumerate(case(name).prompts):
+        pixels = generator.integers(0, 255, (*family.image_size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
+        lines.append(json.dumps({"file": f"{i}.png", "caption": prompt}))
+    (folder / "images" / "captions.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
 
 @pytest.mark.parametrize("form", ["whole", "lora"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_two_steps_of_training_move_the_student_alone(name: str, method: str, form: str, folders: Path) -> None:
-    if form == "lora" and case(name).no_lora:
-        pytest.skip(case(name).no_lora)
-    session = train.build(made_for(name, method, form, folders))
+def test_two_steps_of_training_move_the_student_alone(name: str, method: str, form: str, folders: Folders) -> None:
+    session = train.build(made_for(name, method, form, folders(name)))
     before = {role: copied(network) for role, network in session.method.networks.items()}
     logs = [logs for _, logs in session.engine.run(range(2))]
     assert all(np.isfinite(value) for row in logs for value in row.values())
@@ -287,7 +308,7 @@ def copied(network: nn.Module) -> dict[str, Tensor]:
     return {key: value.detach().clone() for key, value in network.named_parameters()}
 
 
-def made_for(name: str, method: str, form: str, folders: Path) -> recipe.Recipe:
+def made_for(name: str, method: str, form: str, folder: Path) -> recipe.Recipe:
     step = {"lr": 1e-3, "warmup": 0}
     roles = {"dmd2": ["fake_score", "discriminator"], "sid": ["fake_score"]}.get(method, [])
     roles = {"scm": ["discriminator"], "adversarial": ["discriminator"]}.get(method, roles)
@@ -296,15 +317,15 @@ def made_for(name: str, method: str, form: str, folders: Path) -> recipe.Recipe:
         {
             # the family is known by its class
             "model": {
-                "path": str(folders / name),
+                "path": str(folder / "base"),
                 "image_size": case(name).image_size,
                 "num_frames": case(name).num_frames,
             },
             "method": {"name": method, **METHODS[method], **unguided.get(method, {})},
             "student": {"steps": 1, **({"lora": {"rank": 2}} if form == "lora" else {})},
-            "data": {"source": "images", "path": str(folders / f"{name}-images")},
+            "data": {"source": "images", "path": str(folder / "images")},
             "optim": {role: step for role in ["student", *roles]},
-            "run": {"out": str(folders / "run"), "steps": 2, "batch_size": 2},
+            "run": {"out": str(folder / "run"), "steps": 2, "batch_size": 2},
         },
         name,
     )
@@ -314,24 +335,37 @@ def made_for(name: str, method: str, form: str, folders: Path) -> recipe.Recipe:
 
 STUDENTS: list[tuple[int, Sampler]] = [(1, "renoise"), (2, "renoise"), (4, "renoise"), (2, "ddim"), (4, "ddim")]
 CALL = """
-import json, sys
+import json, sys, traceback
 import diffusers, numpy as np, torch
 from diffusers import DiffusionPipeline
 torch.set_grad_enabled(False)
-for job in json.load(open(sys.argv[1])):
+answers, sys.stdout = sys.stdout, sys.stderr
+
+
+def called(job):
     pipeline = DiffusionPipeline.from_pretrained(job["folder"], torch_dtype=torch.float32)
     if job["lora"]:
-        pipeline.load_lora_weights(job["lora"])
+        for name, told in job["files"].items():
+            pipeline.load_lora_weights(job["lora"], weight_name=name, **told)
         name = json.load(open(job["lora"] + "/scheduler/scheduler_config.json"))["_class_name"]
         pipeline.scheduler = getattr(diffusers, name).from_pretrained(job["lora"] + "/scheduler")
-        if job["fuse"]:
-            pipeline.fuse_lora()
+        if job["fused"] is not None:
+            pipeline.fuse_lora(**job["fused"])
     pipeline.set_progress_bar_config(disable=True)
     torch.manual_seed(7)
     made = pipeline(**job["call"], generator=torch.Generator().manual_seed(7))[0]
     np.save(job["out"], np.asarray(made))
-assert "fastgen" not in sys.modules
+    assert "fastgen" not in sys.modules
+
+
+for line in sys.stdin:
+    try:
+        answer = called(json.loads(line))
+    except Exception:
+        answer = traceback.format_exc()
+    print(json.dumps(answer), file=answers, flush=True)
 """
+"""A process that makes what it is asked for, a line each, and answers with what went wrong or null."""
 
 
 class Recorder:
@@ -353,87 +387,113 @@ def images(family: Family, network: nn.Module, num_steps: int, sampler: Sampler,
         return (family.decode(x0) / 2 + 0.5).clamp(0, 1).movedim(1, -1)
 
 
-Job = tuple[str, int, Sampler, str]
-"""Family, steps, sampler, form."""
+Ask = Callable[[dict[str, Any]], None]
+Student = tuple[int, Sampler, str]
+"""Steps, sampler, form."""
 
 
 @pytest.fixture(scope="module")
-def trips(folders: Path) -> dict[Job, tuple[Tensor, Tensor, Path]]:
-    """Of all students: our images, and those of a process that has never heard of fastgen; the exported folder."""
-    jobs, ours = [], {}
-    for name in FAMILIES:
-        prompts = list(case(name).prompts)
-        for num_steps, sampler in [made for made in STUDENTS if made[1] in case(name).samplers]:
-            for form in ["whole", "lora", "fused"] if (num_steps, sampler) == (2, "renoise") else ["whole"]:
-                _, family = opened(name)
-                if form != "whole" and not family.component:
-                    continue
-                adapted = family if form == "whole" else lora.adapted(family, Lora(rank=2))
-                network = tiny.perturbed(adapted.student())
-                folder = folders / f"{name}-{num_steps}-{sampler}-{form}"
-                kind: dict[str, Any] = {"prompts": prompts, "card": {}}
-                export.export(adapted, network, num_steps, folder, sampler=sampler, **kind)
-                adapter = ""
-                if isinstance(network, lora.View):
-                    adapter = f"{folder}-adapter"
-                    weights = [lora.weights(network, family.component)]
-                    export.export_adapter(
-                        adapted,
-                        folder,
-                        weights,
-                        family.component,
-                        str(folders / name),
-                        Path(adapter),
-                        num_steps=num_steps,
-                        **kind,
-                    )
-                recorder = Recorder()
-                unguided = 1.0 if adapter and family.unguided is None else family.unguided
-                family.run(recorder, prompts, num_steps, torch.Generator(), unguided, output_type="np")
-                call = {"out": f"{folder}.npy", "call": recorder.call, "lora": adapter, "fuse": form == "fused"}
-                jobs.append({"folder": str(folders / name if adapter else folder), **call})
-                ours[name, num_steps, sampler, form] = (images(adapted, network, num_steps, sampler, prompts), folder)
-    (folders / "jobs.json").write_text(json.dumps(jobs))
-    (folders / "call.py").write_text(CALL)
+def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
+    """To be asked for a pipeline's call: a process that has never heard of fastgen."""
+    folder = tmp_path_factory.mktemp("process")
+    (folder / "call.py").write_text(CALL)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, str(folders / "call.py"), str(folders / "jobs.json")],
-        capture_output=True,
-        text=True,
-        cwd=folders,
-        env=environment,
-        check=False,
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with (
+        (folder / "told.txt").open("w") as told,
+        subprocess.Popen(
+            [sys.executable, "call.py"], **pipes, stderr=told, text=True, cwd=folder, env=environment
+        ) as process,
+    ):
+
+        def asked(job: dict[str, Any]) -> None:
+            assert process.stdin
+            assert process.stdout
+            print(json.dumps(job), file=process.stdin, flush=True)
+            answer = process.stdout.readline()
+            assert answer == "null\n", json.loads(answer) if answer else (folder / "told.txt").read_text()[-3000:]
+
+        yield asked
+
+
+@dataclass(frozen=True)
+class Trips:
+    """Of each student of a family: our images, and those of the other process; the exported folder."""
+
+    name: str
+    base: Path
+    made: dict[Student, tuple[Tensor, Tensor, Path]]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def trips(request: pytest.FixtureRequest, folders: Folders, ask: Ask) -> Trips:
+    """A family at a time, so that one's failure is its own."""
+    name, made = request.param, {}
+    folder = folders(name)
+    for num_steps, sampler in [student for student in STUDENTS if student[1] in case(name).samplers]:
+        for form in ["whole", "lora", "fused"] if (num_steps, sampler) == (2, "renoise") else ["whole"]:
+            if form == "whole" or opened(name)[1].component:
+                made[num_steps, sampler, form] = trip(name, folder, num_steps, sampler, form, ask)
+    return Trips(name, folder / "base", made)
+
+
+def trip(
+    name: str, folder: Path, num_steps: int, sampler: Sampler, form: str, ask: Ask
+) -> tuple[Tensor, Tensor, Path]:
+    """One student's images by our sampler, and by its pipeline; where that was exported to."""
+    prompts, (_, family) = list(case(name).prompts), opened(name)
+    if form != "whole":
+        family = lora.adapted(family, Lora(rank=2))
+    network = tiny.perturbed(family.student())
+    exported = folder / f"{num_steps}-{sampler}-{form}"
+    kind: dict[str, Any] = {"prompts": prompts, "card": {}}
+    export.export(family, network, num_steps, exported, sampler=sampler, **kind)
+    base, adapter = str(folder / "base"), ""
+    files: dict[str, Any] = {}
+    if form != "whole":
+        adapter = f"{exported}-adapter"
+        weights = [lora.weights(view, family.component) for view in members(network) if isinstance(view, lora.View)]
+        kind["num_steps"] = num_steps
+        opener = functools.partial(export.from_pretrained, exported)
+        export.export_adapter(family, opener, weights, base, Path(adapter), **kind)
+        files = export.adapter_files(family, len(weights))
+    recorder = Recorder()
+    unguided = 1.0 if adapter and family.unguided is None else family.unguided
+    family.run(recorder, prompts, num_steps, torch.Generator(), unguided, output_type="np")
+    components = {"components": [*family.experts]} if family.experts else {}
+    out = f"{exported}.npy"
+    ask(
+        {
+            "folder": base if adapter else str(exported),
+            "out": out,
+            "call": recorder.call,
+            "lora": adapter,
+            "files": files,
+            "fused": components if form == "fused" else None,
+        }
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    theirs = [torch.from_numpy(np.load(job["out"])) for job in jobs]
-    return {key: (mine, found, folder) for (key, (mine, folder)), found in zip(ours.items(), theirs, strict=True)}
+    return images(family, network, num_steps, sampler, prompts), torch.from_numpy(np.load(out)), exported
 
 
 @pytest.mark.parametrize("form", ["whole", "lora", "fused"])
 @pytest.mark.parametrize(("num_steps", "sampler"), STUDENTS)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_student_is_itself_in_plain_diffusers(
-    name: str, num_steps: int, sampler: Sampler, form: str, trips: dict[Job, tuple[Tensor, Tensor, Path]]
-) -> None:
+def test_a_student_is_itself_in_plain_diffusers(num_steps: int, sampler: Sampler, form: str, trips: Trips) -> None:
     """Reloaded in a process without fastgen, called with its steps on the same noise."""
-    if (name, num_steps, sampler, form) not in trips:
+    if (num_steps, sampler, form) not in trips.made:
         pytest.skip("one number of steps is enough for adapters, and some pipelines take none, or one sampler alone")
-    ours, theirs, _ = trips[name, num_steps, sampler, form]
+    ours, theirs, _ = trips.made[num_steps, sampler, form]
     close(ours.reshape(theirs.shape), theirs)
     assert theirs.std() > 1e-3
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_exported_pipeline_has_the_teacher_s_class_and_parts(
-    name: str, folders: Path, trips: dict[Job, tuple[Tensor, Tensor, Path]]
-) -> None:
-    folder = trips[name, 2, "renoise", "whole"][2]
-    theirs, ours = (json.loads((place / "model_index.json").read_text()) for place in (folders / name, folder))
+def test_the_exported_pipeline_has_the_teacher_s_class_and_parts(trips: Trips) -> None:
+    folder = trips.made[2, "renoise", "whole"][2]
+    theirs, ours = (json.loads((place / "model_index.json").read_text()) for place in (trips.base, folder))
     own = theirs.pop("_class_name")
-    assert ours.pop("_class_name") == (case(name).renoising_class or own)
-    assert {**ours, "scheduler": None} == {**theirs, "scheduler": None, **case(name).exported}
+    assert ours.pop("_class_name") == (case(trips.name).renoising_class or own)
+    assert {**ours, "scheduler": None} == {**theirs, "scheduler": None, **case(trips.name).exported}
     assert (folder / "fastgen.json").is_file()
-    for (family, _, sampler, form), (_, _, place) in trips.items():
-        if family == name and form == "whole":
+    for (_, sampler, form), (_, _, place) in trips.made.items():
+        if form == "whole":
             shipped = json.loads((place / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
-            assert shipped == about_of(name).schedulers[sampler]
+            assert shipped == about_of(trips.name).schedulers[sampler]

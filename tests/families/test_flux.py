@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -153,7 +154,8 @@ def test_an_adapter_fits_dev_at_the_stock_default(tmp_path: Path) -> None:
     export.export(adapted, network, folder=tmp_path / "student", **given)
     weights = [lora.weights(network, "transformer")]
     base = str(tmp_path / "dev")
-    export.export_adapter(adapted, tmp_path / "student", weights, "transformer", base, tmp_path / "lora", **given)
+    opener = functools.partial(export.from_pretrained, tmp_path / "student")
+    export.export_adapter(adapted, opener, weights, base, tmp_path / "lora", **given)
 
 
 # Runs

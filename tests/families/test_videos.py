@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,15 @@ from diffusers import (
     WanPipeline,
 )
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fastgen
-from fastgen import export, lora, recipe, registry, train
+from fastgen import export, extract, lora, recipe, registry, train
 from fastgen.denoiser import guided
 from fastgen.discriminator import features
 from fastgen.experts import Experts
 from fastgen.family import Family
-from fastgen.lora import Lora
 from fastgen.sampling import ddim, sample
 from tests import command, tiny
 
@@ -125,7 +126,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def made_for(folders: Path, teacher: str, method: str, **sections: Any) -> recipe.Recipe:
+def made_for(folders: Path, teacher: str, method: str, /, **sections: Any) -> recipe.Recipe:
     step = {"lr": 1e-3, "warmup": 0}
     tree = {
         "model": {"path": str(folders / teacher), "image_size": list(SIZE), "num_frames": 5},
@@ -171,12 +172,101 @@ def test_experts_of_experts_are_refused(folders: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [False, True])
-def test_adapters_on_experts_are_refused(folders: Path, share: bool) -> None:
+def test_adapters_go_on_each_of_two_experts(folders: Path, share: bool) -> None:
+    """Also those of a fake score, on the teacher's own weights if they are shared."""
     student = {"lora": {"rank": 2}, "share_backbone": share}
-    with pytest.raises(ValueError, match="lora: adapters do not go on a teacher of several experts; train all weight"):
-        train.build(made_for(folders, "two", "dmd2", student=student))
-    with pytest.raises(ValueError, match="lora: adapters do not go on"):
-        lora.view(wrapped(wan.pipeline(0, experts=True)).denoiser.network, Lora(rank=2))
+    session = train.build(made_for(folders, "two", "dmd2", student=student, method={"student_every": 1}))
+    before = {name: p.detach().clone() for name, p in session.method.networks["student"].named_parameters()}
+    assert {name.split(".")[0] for name in before} == {"0", "1"}
+    assert all(".lora_" in name for name in before)
+    assert len(list(session.engine.run(range(4)))) == 4  # among whose times are both experts'
+    now = dict(session.method.networks["student"].named_parameters())
+    for k in "01":
+        assert any(not torch.equal(p, before[name]) for name, p in now.items() if name.startswith(k))
+    roles = [[*session.method.networks[role].children()] for role in ("teacher", "student", "fake_score")]
+    for teacher, view, fake in zip(*roles, strict=True):
+        assert isinstance(view, lora.View)
+        assert (lora.plain(teacher) is lora.plain(view)) == (lora.plain(fake) is lora.plain(view)) == share
+
+
+@pytest.fixture(scope="module")
+def adapters(folders: Path) -> Path:
+    """Exported by a run on a teacher of two experts: its pipeline, and the adapters beside it."""
+    session = train.build(made_for(folders, "two", "dmd2", student={"lora": {"rank": 2}}))
+    tiny.perturbed(session.method.networks["student"].requires_grad_(True))
+    train.export_run(session, folders / "adapters" / "pipeline")
+    return folders / "adapters"
+
+
+def test_adapters_of_two_experts_say_how_each_is_loaded(adapters: Path) -> None:
+    readme, card = (adapters / "lora" / "README.md").read_text(), export.read_card(adapters / "lora")
+    assert readme.count("pipeline.load_lora_weights(") == 2
+    assert 'weight_name="expert_1.safetensors")\n' in readme
+    assert 'weight_name="expert_2.safetensors", load_into_transformer_2=True)\n' in readme
+    assert card["lora"] == {"rank": 2, "scale": 1.0}
+    each = (
+        "each file has its own network: expert_1.safetensors, expert_2.safetensors with load_into_transformer_2=True"
+    )
+    fuse = "fuse_lora takes components=['transformer', 'transformer_2']; load_lora_weights on base_model, "
+    assert card["use"].startswith(f"{each}; {fuse}")
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_adapters_of_two_experts_leave_as_a_file_for_each_transformer(folders: Path, adapters: Path) -> None:
+    student = DiffusionPipeline.from_pretrained(adapters / "pipeline")
+    family = wrapped(student)
+    files = [adapters / "lora" / f"expert_{k}.safetensors" for k in (1, 2)]
+    assert sorted((adapters / "lora").glob("*.safetensors")) == files
+
+    def made(pipeline: Any) -> Tensor:
+        pipeline.set_progress_bar_config(disable=True)
+        torch.manual_seed(7)
+        return family.run(pipeline, PROMPTS, 4, torch.Generator().manual_seed(7), 1.0)
+
+    stock = DiffusionPipeline.from_pretrained(folders / "two")
+    stock.scheduler = student.scheduler
+    stock.load_lora_weights(adapters / "lora", weight_name=files[0].name)
+    assert (made(stock) - made(student)).abs().max() > 1e-2  # the one alone is not enough
+    stock.load_lora_weights(adapters / "lora", weight_name=files[1].name, load_into_transformer_2=True)
+    close(made(stock), made(student))
+    stock.fuse_lora(components=["transformer", "transformer_2"])
+    stock.unload_lora_weights()
+    close(made(stock), made(student))
+    base = wrapped(DiffusionPipeline.from_pretrained(folders / "two"))
+    again = base.pipeline(lora.fused(lora.loaded(base, *files)), 4)
+    close(made(again), made(student))
+    with pytest.raises(ValueError, match="1 LoRA files for 2 networks; name one for each"):
+        lora.loaded(base, files[0])
+
+
+def test_files_of_experts_that_the_base_does_not_take_are_not_written(
+    folders: Path, adapters: Path, tmp_path: Path
+) -> None:
+    """Each is held to its own transformer."""
+    family = wrapped(DiffusionPipeline.from_pretrained(folders / "two"))
+    weights = [load_file(adapters / "lora" / f"expert_{k}.safetensors") for k in (1, 2)]
+    given: dict[str, Any] = {"num_steps": 4, "prompts": PROMPTS, "card": {}}
+    wrong = [weights[0], {f"{name.replace('blocks.0', 'blocks.7')}": value for name, value in weights[1].items()}]
+    for found, message in (
+        (wrong, r"expert_2.safetensors not written: loading it in .*two drops \['transformer.blocks.7"),
+        (weights[::-1], r"expert_1.safetensors, expert_2.safetensors not written: with it .*two differs from the exp"),
+    ):
+        with pytest.raises(export.ExportError, match=message):
+            export.export_adapter(
+                family,
+                functools.partial(export.from_pretrained, adapters / "pipeline"),
+                found,
+                str(folders / "two"),
+                tmp_path / "lora",
+                **given,
+            )
+        assert not (tmp_path / "lora").exists()
+
+
+def test_no_lora_file_is_extracted_of_two_experts(folders: Path, tmp_path: Path) -> None:
+    both = str(folders / "two"), str(folders / "two")
+    with pytest.raises(ValueError, match="two: is of several experts, of which no difference is taken; name a base"):
+        extract.extract(*both, tmp_path / "lora", extract.Options())
 
 
 def test_model_settings_reach_each_expert(folders: Path) -> None:

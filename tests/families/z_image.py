@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
@@ -14,7 +12,6 @@ from .qwen_image import words
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}think: "
 
 
-@functools.cache
 def chat() -> Qwen2Tokenizer:
     """Of single bytes, with a template for chats."""
     made = words()

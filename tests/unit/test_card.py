@@ -272,7 +272,7 @@ def test_a_component_s_snippet_puts_it_into_its_base() -> None:
 
 
 def test_a_lora_file_s_card() -> None:
-    call = replace(CALL, weights="pytorch_lora_weights.safetensors", base="owner/teacher")
+    call = replace(CALL, weights={"pytorch_lora_weights.safetensors": {}}, base="owner/teacher")
     facts = replace(FACTS, form="lora", call=call, settings=FACTS.settings | {"lora": {"rank": 8, "scale": 1.0}})
     assert read(facts).data.to_dict()["base_model_relation"] == "adapter"
     assert "lora" in read(facts).data.tags
@@ -287,6 +287,19 @@ def test_a_lora_file_s_card() -> None:
     assert "keeps 98.77% of the squared Frobenius norm" in model_card(extracted)
     assert "Left out, as no LoRA holds it: `conv_in.bias`." in model_card(extracted)
     assert ", extracted from student." in model_card(extracted)
+
+
+def test_a_card_of_several_lora_files_loads_each_into_its_network() -> None:
+    files: dict[str, dict[str, Any]] = {"one.safetensors": {}, "two.safetensors": {"load_into_transformer_2": True}}
+    call = replace(CALL, pipeline="WanPipeline", weights=files, base="owner/teacher")
+    text = snippet(call)
+    ast.parse(text)
+    assert 'load_lora_weights("owner/student", weight_name="one.safetensors")\n' in text
+    assert 'load_lora_weights("owner/student", weight_name="two.safetensors", load_into_transformer_2=True)\n' in text
+    lora = FACTS.settings | {"lora": {"rank": 8, "scale": 1.0}}
+    card = model_card(replace(FACTS, form="lora", call=call, settings=lora))
+    assert "This is a LoRA file for each of its experts, for a `WanPipeline`, with the student's scheduler." in card
+    assert "Each LoRA file is of rank 8, its scale" in card
 
 
 def test_what_no_stock_call_takes_has_no_snippet() -> None:

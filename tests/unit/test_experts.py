@@ -8,7 +8,7 @@ from torch import nn
 
 from fastgen import lora
 from fastgen.denoiser import Denoiser
-from fastgen.experts import Experts, members
+from fastgen.experts import Experts, each, members
 from fastgen.schedule import Flow
 from tests.oracle import Affine, call, conv_family, labels, sd_schedule
 
@@ -73,6 +73,22 @@ def test_the_networks_of_a_role() -> None:
     networks = shifted(1, 2)
     assert members(networks[0]) == [networks[0]]
     assert members(Experts(networks, [1.0, 0.5])) == members(nn.ModuleList(networks)) == networks
+
+
+def test_the_same_change_is_made_to_each_of_experts_or_to_the_one_network() -> None:
+    one, experts = nn.Linear(1, 1), Experts([nn.Linear(1, 1), nn.Linear(1, 1)], [1.0, 0.5])
+    seen: list[nn.Module] = []
+
+    def change(network: nn.Module) -> nn.Module:
+        seen.append(network)
+        return nn.Identity()
+
+    assert isinstance(each(change, one), nn.Identity)
+    made = each(change, experts)
+    assert isinstance(made, Experts)
+    assert made.starts == experts.starts
+    assert [type(expert) for expert in made] == [nn.Identity, nn.Identity]
+    assert seen == [one, *experts]
 
 
 @pytest.mark.parametrize("share", [False, True])

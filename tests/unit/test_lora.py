@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -385,7 +386,8 @@ def exported(
 ) -> float:
     pipeline = Path(session.recipe.run.out) / "pipeline"
     call = {"num_steps": 1, "prompts": tiny.PROMPTS[:2], "card": {}} | options
-    return export.export_adapter(session.family, pipeline, [weights], "unet", str(world / "teacher"), folder, **call)
+    opener = functools.partial(export.from_pretrained, pipeline)
+    return export.export_adapter(session.family, opener, [weights], str(world / "teacher"), folder, **call)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -461,10 +463,10 @@ def test_a_file_is_read_back_on_this_checkpoint_and_on_another(tmp_path: Path, e
     with torch.no_grad():
         wanted = family.denoiser.with_network(view)(x, t, cond).y
         for other in (family, lora.adapted(family, Lora(rank=2))):
-            again = lora.loaded(other, tmp_path / "file.safetensors", embed)
+            again = lora.loaded(other, tmp_path / "file.safetensors", embed_guidance=embed)
             torch.testing.assert_close(other.denoiser.with_network(again)(x, t, cond).y, wanted, rtol=1e-4, atol=1e-5)
         elsewhere = sd.wrap(tiny.pipeline("v_prediction", seed=5))
-        moved = lora.loaded(elsewhere, tmp_path / "file.safetensors", embed)
+        moved = lora.loaded(elsewhere, tmp_path / "file.safetensors", embed_guidance=embed)
         name = "mid_block.attentions.0.proj_in"
         for one, two in ((view, family), (moved, elsewhere)):
             base = two.denoiser.network.get_submodule(name).weight
@@ -503,7 +505,7 @@ def test_adapters_that_hold_guidance_leave_too(world: Path, tmp_path: Path, embe
     assert export.read_card(run / "lora")["guidance_scale"] == (7.5 if embed else 1.0)
     student = StableDiffusionPipeline.from_pretrained(run / "pipeline")
     family = sd.load(world / "teacher")
-    again = family.denoiser.with_network(lora.loaded(family, run / "lora" / export.LORA, embed))
+    again = family.denoiser.with_network(lora.loaded(family, run / "lora" / export.LORA, embed_guidance=embed))
     fused = family.denoiser.with_network(student.unet)
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([10.0, 900.0])
     cond = family.encode_prompts(tiny.PROMPTS[:2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,25 @@ def test_a_folder_goes_to_the_hub(api: Api, tmp_path: Path, private: bool) -> No
     assert made == {"repo_id": "owner/student", "private": True if private else None, "exist_ok": True}
     assert (sent["repo_id"], sent["folder_path"]) == ("owner/student", tmp_path)
     assert TOKEN not in str(api.asked)
+
+
+def test_where_bases_lie_on_this_machine_stays_here(api: Api, tmp_path: Path) -> None:
+    """Also where the push fails, and the folder is uploaded by hand later."""
+    run = tmp_path / "mine" / "pipeline"
+    files = {
+        "fastgen.json": ({"base_model": str(run), "data": "/home/me/x"}, {"base_model": "mine", "data": ".../x"}),
+        "model_index.json": ({"_name_or_path": "owner/teacher"}, {"_name_or_path": "owner/teacher"}),
+        "unet/config.json": ({"_name_or_path": f"{run}/unet", "a": "/b"}, {"_name_or_path": "unet", "a": "/b"}),
+        "tokenizer/config.json": ({"bos_token": "<s>"}, {"bos_token": "<s>"}),
+    }
+    for name, (before, _) in files.items():
+        (tmp_path / "out" / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "out" / name).write_text(json.dumps(before))
+    api.failure = RuntimeError("gone")
+    with pytest.raises(OSError, match="not pushed to owner/x: gone"):
+        publish.push(tmp_path / "out", "owner/x")
+    for name, (_, after) in files.items():
+        assert json.loads((tmp_path / "out" / name).read_text()) == after
 
 
 def test_offline_or_without_a_token_nothing_is_asked(
