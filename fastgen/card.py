@@ -124,7 +124,7 @@ class Call:
         scheduler: class of the student's.
         base: where the pipeline is that a component or a LoRA file goes into.
         settings: with which that is opened for a component.
-        weights: name of a LoRA file.
+        weights: names of LoRA files, and what ``load_lora_weights`` is told besides for each.
         global_noise: whether the scheduler's noise is torch's global one.
         code: whether the folder brings code, which the user must trust.
         dtype: in which it is to be loaded, as torch names it.
@@ -139,7 +139,7 @@ class Call:
     scheduler: str = ""
     base: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    weights: str = ""
+    weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     global_noise: bool = False
     code: bool = False
     dtype: str = "float32"
@@ -322,13 +322,32 @@ def _what(facts: Facts) -> str:
     came = "extracted from" if "energy" in facts.settings.get("lora", {}) else "starting from"
     starts = f", {came} {_linked(facts.bases[1])}" if len(facts.bases) > 1 else ""
     network = ", ".join(f"`{kind}`" for kind in facts.call.networks.values())
+    files = "a LoRA file" if len(facts.call.weights) < 2 else "a LoRA file for each of its experts,"
     holds = {
         "pipeline": f"a whole Diffusers pipeline, `{facts.call.pipeline}`",
         "component": f"the denoising network alone ({network}) with the student's scheduler, "
         f"for the other parts of a `{facts.call.pipeline}`",
-        "lora": f"a LoRA file for a `{facts.call.pipeline}`, with the student's scheduler",
+        "lora": f"{files} for a `{facts.call.pipeline}`, with the student's scheduler",
     }[facts.form]
-    return f"{kind}{teacher}{maker}{starts}. This is {holds}."
+    return f"{kind}{teacher}{maker}{starts}. This is {holds}.{_students(facts.settings)}"
+
+
+def _students(settings: Mapping[str, Any]) -> str:
+    """Of a student that is one of several, or of all of them, whose the prompts are."""
+    if "route" in settings:
+        own, count = settings["route"]["own"], settings["route"]["students"]
+        return (
+            f" **It is student {own} of {count} and learnt its share of the prompts alone**; `fastgen join` makes one "
+            "pipeline of them all."
+        )
+    if "students" in settings:
+        return (
+            f" Its network holds **{settings['students']} students**, each trained on its share of the prompts, and "
+            "calls for each prompt the one that learnt it, so that an image costs what one student's does "
+            "(multi-student distillation, [arXiv:2410.23274](https://arxiv.org/abs/2410.23274)). The config below is "
+            "the first's."
+        )
+    return ""
 
 
 def _linked(base: Base) -> str:
@@ -385,7 +404,7 @@ def snippet(call: Call) -> str:
     if call.networks:
         classes = sorted({call.pipeline, call.scheduler, *call.networks.values()})
         parts = ", ".join(f"{name}={name}" for name in (*call.networks, "scheduler"))
-        parts += "".join(f", {name}={_literal(value)}" for name, value in call.settings.items())
+        parts += _told(call.settings)
         lines = [
             f"from diffusers import {', '.join(classes)}",
             "",
@@ -401,7 +420,10 @@ def snippet(call: Call) -> str:
             f"from diffusers import {', '.join(sorted(['DiffusionPipeline', call.scheduler]))}",
             "",
             f"pipeline = DiffusionPipeline.from_pretrained({base}{precision})",
-            f"pipeline.load_lora_weights({place}, weight_name={_literal(call.weights)})",
+            *(
+                f"pipeline.load_lora_weights({place}, weight_name={_literal(name)}{_told(told)})"
+                for name, told in call.weights.items()
+            ),
             f"pipeline.scheduler = {scheduler}",
         ]
     else:
@@ -422,6 +444,10 @@ def snippet(call: Call) -> str:
             f"{'image' if call.gives == 'images' else call.gives} = pipeline({', '.join(told)}).{call.gives}[0]",
         ]
     )
+
+
+def _told(arguments: Mapping[str, Any]) -> str:
+    return "".join(f", {name}={_literal(value)}" for name, value in arguments.items())
 
 
 def _literal(value: Any) -> str:
@@ -448,7 +474,8 @@ def _method(facts: Facts) -> str:
     lines = [f"## Method\n\n`{name}`{source}."]
     if adapter:
         lines.append(
-            f"The LoRA file is of rank {adapter['rank']}, its scale multiplied into B, so that it needs none."
+            f"{'The LoRA file is' if len(facts.call.weights) < 2 else 'Each LoRA file is'} of rank {adapter['rank']}, "
+            "its scale multiplied into B, so that it needs none."
         )
     if "energy" in adapter:
         lines.append(

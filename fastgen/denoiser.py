@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .experts import Experts
 from .prediction import Kind, Prediction
 from .schedule import Schedule
+from .students import Students
 
 Cond = Mapping[str, Tensor]
 """Conditioning tensors by name, batch first."""
@@ -72,11 +73,11 @@ class Denoiser:
         return Prediction(y.to(at.alpha.dtype), self.kind, x_t.to(at.alpha.dtype), at)
 
     def _call(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The network's output, of several experts each one's for its own rows: [B, ...]."""
+        """The network's output, of several experts or students each one's for its own rows: [B, ...]."""
         network = self.network
-        if not isinstance(network, Experts):
+        if not isinstance(network, Experts | Students):
             return self.call(network, x_t, t, cond)
-        found = network.rows(t)
+        found = network.rows(t) if isinstance(network, Experts) else network.rows(cond)
         if len(found) == 1:
             return self.call(network[found[0][0]], x_t, t, cond)
         parts = [

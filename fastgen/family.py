@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -112,6 +112,9 @@ class Family:
         fix_guidance: (scale) lets the teacher's network, which takes the guidance scale as an input, always do what it
             does at this one; None: it takes none. Until then it is called at ``unguided`` where there is one.
         component: what the pipeline calls the network, as LoRA files name it; empty: it takes no such files.
+        routed_by: the condition by which a pipeline of several students routes; empty: it has no place for several.
+        experts: of a teacher of several, what the pipeline calls each, and what ``load_lora_weights`` is told besides
+            to load a LoRA file into it.
         whole: a family made of this one -> with all parts of the pipeline in memory, where ``load`` left some out.
     """
 
@@ -134,4 +137,6 @@ class Family:
     stock_guidance: float | None = None
     fix_guidance: Callable[[float], None] | None = None
     component: str = ""
+    routed_by: str = ""
+    experts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     whole: Callable[[Family], Family] = lambda family: family

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import DiTPipeline
@@ -20,8 +21,10 @@ from fastgen import calls
 from fastgen.denoiser import Cond, Denoiser
 from fastgen.family import About, Block, Family
 from fastgen.sampling import Sampler
+from fastgen.students import Students
 
 from . import stock, vp
+from .students import DiTStudents
 
 ABOUT = About(
     pipelines=("DiTPipeline",),
@@ -59,7 +62,9 @@ def wrap(
         return {"label": torch.tensor(calls.labels(pipeline, prompts), device=device)}
 
     def with_network(made: nn.Module, num_steps: int | None, sampler: Sampler = "renoise") -> DiTPipeline:
-        parts = {"transformer": made}
+        parts: dict[str, Any] = {"transformer": made}
+        if isinstance(made, Students):
+            parts["transformer"] = DiTStudents.of(list(made), made.router.axes, made.router.cuts)
         if num_steps is not None:
             parts["scheduler"] = vp.plain_student_scheduler(pipeline.scheduler, num_steps, sampler, start)
         result = stock.rebuilt(pipeline, **parts)
@@ -88,6 +93,7 @@ def wrap(
         image_size=size,
         run=stock.caller_for_images(pipeline),
         step_noise="global",
+        routed_by="label",
     )
 
 

@@ -1,4 +1,4 @@
-"""The conditional U-Net of Stable Diffusion and SDXL as a student: copies, guidance as an input, experts, blocks.
+"""The conditional U-Net of Stable Diffusion and SDXL as a student: copies, guidance as an input, several in one.
 
 A student has a guidance embedding (``time_cond_proj_dim``), which makes the stock pipelines skip classifier-free
 guidance whatever ``guidance_scale`` says. The embedding is zero, so that the scale does nothing, or learnt, so that it
@@ -20,9 +20,11 @@ from fastgen.denoiser import Call, Cond, Denoiser
 from fastgen.experts import Experts
 from fastgen.family import Block, Family
 from fastgen.sampling import Sampler
+from fastgen.students import Students
 
 from . import stock, vp
 from .experts import UNetExperts
+from .students import UNetStudents
 
 GUIDANCE_EMBEDDING = 32
 """Width of the guidance embedding. Where its projection is zero it only tells the pipeline to skip guidance."""
@@ -44,7 +46,9 @@ def guidance_embedding(scale: Tensor, width: int) -> Tensor:
 
 
 def one_unet(network: nn.Module) -> nn.Module:
-    """What a pipeline has as its U-Net: experts in one component, where there is more than one."""
+    """What a pipeline has as its U-Net: experts or students in one component, where there is more than one."""
+    if isinstance(network, Students):
+        return UNetStudents.of(list(network), network.router.axes, network.router.cuts)
     if not isinstance(network, Experts):
         return network
     return UNetExperts.of(list(network), network.starts) if len(network) > 1 else network[0]
@@ -140,4 +144,5 @@ def family(
         stock_guidance=inspect.signature(type(pipeline).__call__).parameters["guidance_scale"].default,
         fix_guidance=(lambda scale: fix_guidance(network, scale)) if takes_guidance(network) else None,
         component="unet",
+        routed_by="text",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -30,8 +30,11 @@ class Batches:
         images: bool,
         cache: bool = False,
         path_times: Sequence[float] | None = None,
+        place: Callable[[int], int] = int,
     ) -> None:
         """images: whether the method needs them. path_times: of a method that needs pairs; None: it needs none.
+
+        place: a sample's index -> the number of its item, where not all of the source's are trained on.
 
         Raises ValueError if the source does not have what the method needs.
         """
@@ -51,6 +54,7 @@ class Batches:
             source.check_path(path_times)
             self._pairs, self._times = source, list(path_times)
         self._source, self._family, self._images, self._cache = source, family, images, cache
+        self._place = place
         self._conds: dict[str, Cond] = {}
         self._latents: dict[int, Tensor] = {}
         self._prompts: dict[int, str] = {}
@@ -58,7 +62,7 @@ class Batches:
 
     def batch(self, samples: Sequence[int]) -> Batch:
         """samples: global indices, [B]."""
-        known = [s % len(self._source) if self._cache else s for s in samples]
+        known = [s % len(self._source) if self._cache else s for s in map(self._place, samples)]
         if not self._cache:
             self._prompts = {s: self._prompts[s] for s in known if s in self._prompts}
             self._latents = {s: self._latents[s] for s in known if s in self._latents}
