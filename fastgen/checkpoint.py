@@ -93,8 +93,10 @@ def all_checkpoints(run: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def save(run: Path, steps_done: int, engine: Engine, ema: Mapping[str, EMA], keep: int) -> Path:
-    """Write ``run/checkpoint-<steps_done>`` from the main process and delete all but the newest ``keep``."""
+def save(
+    run: Path, steps_done: int, engine: Engine, ema: Mapping[str, EMA], keep: int, spared: Path | None = None
+) -> Path:
+    """Write ``run/checkpoint-<steps_done>`` from the main process and delete older ones, as ``prune`` does."""
     path = run / f"checkpoint-{steps_done}"
     if parallel.rank() == 0:
         with atomic_folder(path) as folder:
@@ -126,12 +128,18 @@ def save(run: Path, steps_done: int, engine: Engine, ema: Mapping[str, EMA], kee
                 "files": {f.name: f.stat().st_size for f in sorted(folder.iterdir())},
             }
             (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        # after resuming from an older checkpoint, the others may be later ones than the one just written
-        others = [p for p in all_checkpoints(run) if p != path]
-        for old in others[: max(0, len(others) + 1 - keep)]:
-            shutil.rmtree(old)
+        prune(run, path, keep, spared)
     parallel.barrier()
     return path
+
+
+def prune(run: Path, path: Path, keep: int, spared: Path | None = None) -> None:
+    """Delete all but ``path``, which was just written, the newest ``keep - 1`` of the others, and ``spared``."""
+    # after resuming from an older checkpoint, the others may be later ones than the one just written
+    others = [p for p in all_checkpoints(run) if p != path]
+    for old in others[: max(0, len(others) + 1 - keep)]:
+        if old != spared:
+            shutil.rmtree(old)
 
 
 def load(path: Path, engine: Engine, ema: Mapping[str, EMA], goes_on: bool = True) -> int:

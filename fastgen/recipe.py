@@ -12,11 +12,13 @@ import torch
 from . import config, registry
 from .config import ConfigError, option
 from .engine import Optim
+from .health import Health
 from .lora import Lora
+from .students import Route
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Names of dtypes in configs and on the command line."""
-SECTIONS = ("model", "method", "data", "run", "optim", "student", "eval")
+SECTIONS = ("model", "method", "data", "run", "optim", "student", "eval", "health")
 """Of a training run's config."""
 ASSETS = "assets:"
 """A path that begins so lies in the package: ``assets:emoji/teacher``."""
@@ -50,6 +52,7 @@ class Student:
     share_backbone: bool = option(
         False, "with lora: teacher, student and fake score are one network, adapters switched"
     )
+    route: Route | None = option(None, "one of several students that share the prompts; null: it takes all of them")
 
     def __post_init__(self) -> None:
         """Raise ValueError if adapters are to share a network and there are none."""
@@ -74,9 +77,16 @@ class Run:
     sample_guidance: float = option(4.0, "guidance scale of the grid, where a teacher is trained", low=1)
     checkpoint_every: int = option(500, "steps between checkpoints", low=1)
     keep: int = option(2, "checkpoints that stay", low=1)
+    keep_best: str = option("", "value of quick evaluations, as fid, whose best checkpoint stays, too; empty: none")
+    export: Literal["last", "best"] = option("last", "checkpoint that becomes the pipeline at the end of the run")
     cache_latents: bool = option(False, "keep encoded images in memory")
     save_dtype: Literal["fp32", "fp16", "bf16"] = option("fp32", "dtype of the exported weights")
     trackers: list[Literal["tensorboard", "wandb"]] = option([], "besides metrics.jsonl")
+
+    def __post_init__(self) -> None:
+        """Raise ValueError if the best is to be exported and no value says which it is."""
+        if self.export == "best" and not self.keep_best:
+            raise ValueError("export best needs keep_best to say by which value, such as fid")
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,7 @@ class Recipe:
     optim: dict[str, Optim]
     student: Student = field(default_factory=Student)
     eval: dict[str, Any] = field(default_factory=dict)
+    health: Health = field(default_factory=Health)
     where: str = field(default="", compare=False)  # the config it was read from, for messages
 
 
@@ -122,6 +133,7 @@ def decode(tree: Mapping[str, Any], where: str) -> Recipe:
         optim={str(k): config.decode(Optim, v, where, f"optim.{k}") for k, v in tree["optim"].items()},
         student=config.decode(Student, tree.get("student", {}), where, "student"),
         eval=dict(evaluation),
+        health=config.decode(Health, tree.get("health", {}), where, "health"),
         where=where,
     )
 
@@ -148,6 +160,7 @@ def encode(recipe: Recipe) -> dict[str, Any]:
         "optim": {role: config.encode(optim) for role, optim in recipe.optim.items()},
         "run": config.encode(recipe.run),
         "eval": config.encode(recipe.eval),
+        "health": config.encode(recipe.health),
     }
 
 

@@ -19,7 +19,21 @@ import yaml
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from . import attention, checkpoint, config, export, lora, parallel, process, publish, registry, tracking
+from . import (
+    attention,
+    best,
+    checkpoint,
+    config,
+    export,
+    health,
+    lora,
+    parallel,
+    process,
+    publish,
+    registry,
+    route,
+    tracking,
+)
 from . import recipe as recipes
 from .card import Facts, model_card
 from .checkpoint import CheckpointError
@@ -27,6 +41,7 @@ from .data import PairSource, Skips, Source
 from .data.batches import Batches, still, to_uint8
 from .data.cached import Cached, described
 from .data.cached import Config as CachedData
+from .data.pairs import Pairs
 from .data.skipped import SKIPPED
 from .denoiser import guided
 from .ema import EMA
@@ -39,6 +54,7 @@ from .publish import Wanted
 from .recipe import DTYPES, Model, Recipe
 from .rng import Noise
 from .sampling import ddim, ddim_times, sample, sample_student
+from .students import Students
 
 log = logging.getLogger("fastgen")
 
@@ -56,6 +72,8 @@ USE_EXPERTS = (
     "timestep that comes, before the call and in callback_on_step_end"
 )
 """What the card of several says besides."""
+USE_OF_EACH = "each file has its own network: {}; fuse_lora takes components={}"
+"""And that of files for a base of as many experts, which switches between them by itself."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +89,7 @@ class Session:
     engine: Engine
     ema: dict[str, EMA]
     attention: str
+    share: route.Share | None = None
 
     @property
     def shows(self) -> bool:
@@ -108,6 +127,16 @@ class Session:
             fresh = lambda: rng.normal(family.latent_shape)  # noqa: E731
             x0 = sample_student(denoiser, denoiser.schedule, x_t, times, cond, self.method.sampler, fresh)
         network.train(training)
+        return to_uint8(still(family.decode(x0))).cpu()
+
+    @torch.no_grad()
+    def teacher_images(self, prompts: Sequence[str], samples: Sequence[int], num_steps: int, scale: float) -> Tensor:
+        """What the teacher makes of them by DDIM from the same noise, guided at ``scale``: uint8 [B, 3, H, W]."""
+        family, denoiser = self.family, self.family.denoiser
+        x_t = Noise(samples, self.recipe.run.seed, 0, "images", self.device).normal(family.latent_shape)
+        times = ddim_times(denoiser.schedule, num_steps)
+        denoise = guided(denoiser, family.uncond(), scale)
+        x0 = sample(denoise, denoiser.schedule, x_t, times, family.encode_prompts(prompts), ddim)
         return to_uint8(still(family.decode(x0))).cpu()
 
 
@@ -195,6 +224,10 @@ def build(recipe: Recipe, device: torch.device | None = None) -> Session:
     if device.type == "cpu":
         process.keep_freed_memory()
     run, model = recipe.run, recipe.model
+    if run.keep_best:
+        best.direction(run.keep_best, recipe.eval)
+        if "vae" in encoders_left_out(recipe):
+            raise ValueError("run.keep_best needs pictures, and data.decoder false leaves out the VAE; set it true")
     check_guided_once(model, recipes.encode(recipe)["method"], "method")
     if recipe.student.lora and model.guidance_scale is not None:
         raise ValueError(
@@ -213,13 +246,15 @@ def build(recipe: Recipe, device: torch.device | None = None) -> Session:
         made_of = described(of.name, of.options) if of else None
         source.check(registry.name_of(module), family, recipes.locate(model.path), made_of)
         family = source.applied(family)
+    share = route.shared(source, family, recipe.student.route) if recipe.student.route else None
     if recipe.student.init:
         family = started_from(family, module, recipe.student.init, device, without)
     family, method, used = method_of(recipe, family, device)
     path_times = method.path_times if isinstance(method, NeedsPairs) else None
     if isinstance(method, NeedsPairs) and isinstance(source, PairSource):
         source.check_guidance(method.pairs_guidance_scale)
-    batches = Batches(source, family, method.needs_images, run.cache_latents, path_times)
+    place = share.place if share else int
+    batches = Batches(source, family, method.needs_images, run.cache_latents, path_times, place)
     ema_of = {method.exported: EMA(method.networks[method.exported], run.ema)} if run.ema else {}
     try:
         engine = Engine(
@@ -235,7 +270,7 @@ def build(recipe: Recipe, device: torch.device | None = None) -> Session:
         )
     except ValueError as error:  # its optim: does not fit the method; the engine knows no config
         raise ValueError(f"{recipe.where}: {error}" if recipe.where else str(error)) from error
-    return Session(recipe, device, family, method, source, batches, engine, ema_of, used)
+    return Session(recipe, device, family, method, source, batches, engine, ema_of, used, share)
 
 
 def method_of(recipe: Recipe, family: Family, device: torch.device) -> tuple[Family, Method, str]:
@@ -257,6 +292,10 @@ def method_of(recipe: Recipe, family: Family, device: torch.device) -> tuple[Fam
         )
     # what a method adds, a discriminator, is of another class
     kind: Any = type(lora.plain(members(family.denoiser.network)[0]))
+    if recipe.student.route and (method.num_steps is None or len(members(method.networks[method.exported])) > 1):
+        raise ValueError(
+            f"student.route: method {recipe.method.name!r} makes no few-step student of one network; leave it out"
+        )
     networks = [network for role in method.networks.values() for network in members(role)]
     denoisers: list[Any] = [n for n in networks if isinstance(lora.plain(n), kind)]
     used = attention.set_attention([lora.plain(n) for n in denoisers], model.attention, device)
@@ -320,9 +359,12 @@ def train(recipe: Recipe, resume: str = "auto", quick: Quick | None = None) -> P
     quick: called every ``eval.every`` steps, within ``session.weights()``.
 
     resume: "auto" goes on from the newest checkpoint of the run folder if there is one, "never" refuses to touch a
-    folder with checkpoints, a path names the checkpoint. Raises ValueError, CheckpointError or NonFiniteLoss.
+    folder with checkpoints, a path names the checkpoint. Raises ValueError, CheckpointError, NonFiniteLoss or
+    Unhealthy.
     """
     run = Path(recipe.run.out)
+    if recipe.run.keep_best:
+        best.direction(recipe.run.keep_best, recipe.eval if quick else {})
     found = checkpoint.all_checkpoints(run)
     if resume == "never" and found:
         raise CheckpointError(f"{run}: holds {found[-1].name} of an earlier run; use another run.out or --resume auto")
@@ -337,6 +379,8 @@ def train(recipe: Recipe, resume: str = "auto", quick: Quick | None = None) -> P
                 "run.out"
             )
     session = build(recipe)
+    if newest and session.share:
+        route.check(run, session.share)
     run.mkdir(parents=True, exist_ok=True)
     tree = recipes.encode(recipe)
     with logging_to(run / "train.log"):
@@ -345,18 +389,37 @@ def train(recipe: Recipe, resume: str = "auto", quick: Quick | None = None) -> P
             clear(run)
             with writing(run):
                 checkpoint.write_text(run / "config.yaml", yaml.safe_dump(tree, sort_keys=False))
+                if session.share:
+                    route.record(run, session.share)
         parallel.barrier()
         if isinstance(session.source, Skips):
             session.source.skipped.keep(run / SKIPPED)
         log.info("%s: %s on %s, attention %s", run, recipe.method.name, session.device, session.attention)
         if newest:
             log.info("resuming from %s", newest)
-        _loop(session, run, steps_done, tree, quick)
+        kept = _loop(session, run, steps_done, tree, quick)
         if parallel.rank() == 0:
             with writing(run / "pipeline"):
-                export_run(session, run / "pipeline")
+                finish(session, run, kept)
         parallel.barrier()
     return run
+
+
+def finish(session: Session, run: Path, kept: best.Best | None) -> None:
+    """Export the student of the last step, or of the best if the recipe says so, and say which step that is."""
+    folder, settings, step = run / "pipeline", session.recipe.run, session.recipe.run.steps
+    if kept is None:
+        export_run(session, folder)
+        if settings.export == "best":
+            log.warning("no quick evaluation gave a finite %s; %s holds the last step", settings.keep_best, folder)
+        return
+    if settings.export == "best":
+        step = checkpoint.load(best.find(run)[1], session.engine, session.ema, goes_on=False)
+        export_run(session, folder, replace(publish.PIPELINE, steps_done=step))
+    else:
+        export_run(session, folder)
+    rest = "" if step == kept.step else f", the last; `fastgen export {run} --checkpoint best` writes the best"
+    log.info("best %s %.4g at step %d; %s holds step %d%s", kept.metric, kept.value, kept.step, folder, step, rest)
 
 
 def clear(run: Path) -> None:
@@ -387,8 +450,9 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _loop(session: Session, run: Path, steps_done: int, tree: dict[str, Any], quick: Quick | None) -> None:
-    recipe, engine = session.recipe, session.engine
+def _loop(session: Session, run: Path, steps_done: int, tree: dict[str, Any], quick: Quick | None) -> best.Best | None:
+    """Train from ``steps_done`` to the end; the best checkpoint, if one is kept and this is the main process."""
+    recipe, engine, main = session.recipe, session.engine, parallel.rank() == 0
     settings = recipe.run
     trackers = tracking.trackers(settings.trackers, run, steps_done, tree)
     earlier = tracking.read(run / "metrics.jsonl")
@@ -396,6 +460,10 @@ def _loop(session: Session, run: Path, steps_done: int, tree: dict[str, Any], qu
     if not session.shows:
         log.info("no sample grids and no quick evaluations: data.decoder is false, so that there is no VAE")
     every = int(recipe.eval.get("every", 0)) if quick and session.shows else 0
+    checks = (every or health.ALONE) if recipe.health.every is None else recipe.health.every
+    monitor = health.Monitor(recipe.health, settings.steps, earlier)
+    keeps = settings.keep_best if main and every else ""
+    keeper = best.Keeper(run, keeps, best.direction(keeps, recipe.eval) if keeps else "low", earlier, steps_done)
     recent: dict[str, list[float]] = {}
     spent, peak = (max((row.get(name, 0.0) for row in earlier), default=0.0) for name in tracking.MEASURED[1:])
     samples_per_step = engine.batch_size * engine.accumulate * parallel.size()
@@ -408,10 +476,22 @@ def _loop(session: Session, run: Path, steps_done: int, tree: dict[str, Any], qu
             for name, value in logs.items():
                 recent.setdefault(name, []).append(value)
             values: dict[str, float] = {}
-            checkpoint_due = done % settings.checkpoint_every == 0 or done == settings.steps
+            judged = bool(every) and (done % every == 0 or done == settings.steps)
+            checked = bool(checks) and done % checks == 0
+            is_best, warnings, saves, ends = None, list[str](), False, False
+            if quick and judged and main:
+                with session.weights():
+                    values |= quick(session)
+                is_best = keeper.better_one(done, values)
+            if checked and main:
+                values |= check(session, run, step)
+                warnings = told(session, monitor.observe(done, values), done)
+            if judged or checked:
+                saves, ends = agreed(session.device, is_best is not None, bool(warnings) and recipe.health.stop)
+            checkpoint_due = done % settings.checkpoint_every == 0 or done == settings.steps or saves or ends
             # also before a checkpoint, so that a resumed run averages over the same steps as an unbroken one
             if done % settings.log_every == 0 or checkpoint_due:
-                values = {name: sum(v) / len(v) for name, v in recent.items()}
+                values |= {name: sum(v) / len(v) for name, v in recent.items()}
                 values |= {
                     "seconds_per_step": (spent - since) / (done - first),
                     "train_seconds": spent,
@@ -420,23 +500,82 @@ def _loop(session: Session, run: Path, steps_done: int, tree: dict[str, Any], qu
                 }
                 recent.clear()
                 since, first = spent, done
-            if quick and every and (done % every == 0 or done == settings.steps) and parallel.rank() == 0:
-                with session.weights():
-                    values |= quick(session)
             if values:
                 with writing(run / "metrics.jsonl"):
                     for tracker in trackers:
                         tracker.log(done, values)
                 log.debug("step %d %s", done, " ".join(f"{k} {v:.4g}" for k, v in values.items()))
             due = settings.sample_every and done % settings.sample_every == 0
-            if (due or done == settings.steps) and session.shows and parallel.rank() == 0:
+            if (due or done == settings.steps) and session.shows and main:
                 grid = run / "samples" / f"step_{done:06d}.png"
                 with session.weights(), writing(grid):
                     write_grid(session.images(prompts, range(len(prompts))), grid)
             if checkpoint_due:
                 with writing(run / f"checkpoint-{done}"):
-                    checkpoint.save(run, done, engine, session.ema, settings.keep)
+                    checkpoint.save(run, done, engine, session.ema, settings.keep, keeper.spared)
+                    if is_best:
+                        keeper.mark(is_best, settings.keep)
             advance(logs)
+            if ends:
+                raise health.Unhealthy(
+                    f"{run}: ended at step {done}, since {' and '.join(warnings) or 'the main process says so'}; "
+                    f"checkpoint-{done} is whole, and the same command goes on from it"
+                )
+    return keeper.best
+
+
+def check(session: Session, run: Path, step: int) -> dict[str, float]:
+    """What the health check after a step measures; the numbers of the teacher's images are kept in the run folder."""
+    recipe, settings, found = session.recipe, session.recipe.health, dict[str, float]()
+    if session.shows and session.method.num_steps is not None:  # else it samples as its teacher does, and as slowly
+        prompts = list(dict.fromkeys(sample_prompts(session)))[: settings.prompts]
+        scale = teacher_scale(session)
+        made_of = {
+            "teacher": config.encode(recipe.model),
+            "prompts": prompts,
+            "seeds": settings.seeds,
+            "seed": recipe.run.seed,
+            "num_steps": settings.teacher_steps,
+            "guidance_scale": scale,
+        }
+        seeds = [range(i * settings.seeds, (i + 1) * settings.seeds) for i in range(len(prompts))]
+        each = [([prompt] * settings.seeds, samples) for prompt, samples in zip(prompts, seeds, strict=True)]
+        teacher = health.known_look(run / health.FILE, made_of)
+        if teacher is None:
+            teacher = health.look(session.teacher_images(*rows, settings.teacher_steps, scale) for rows in each)
+            with writing(run / health.FILE):
+                health.keep_look(run / health.FILE, made_of, teacher)
+        with health.untouched(session.engine), session.weights():
+            found |= health.against(health.look(session.images(*rows) for rows in each), teacher)
+    if not recipe.model.compile:  # a compiled network keeps no graph for a second gradient and skips new hooks
+        found |= health.of_losses(session.engine, step)
+    # with the digits that metrics.jsonl keeps, so that a resumed run judges the same numbers
+    return {f"{health.PREFIX}{name}": float(f"{value:.7g}") for name, value in found.items()}
+
+
+def teacher_scale(session: Session) -> float:
+    """The guidance scale of the teacher that the student learns to be: its pairs', the method's, or what it embeds."""
+    options = recipes.encode(session.recipe)["method"]
+    if isinstance(session.source, Pairs):
+        return session.source.card.guidance_scale
+    if scales := options.get("guidance"):
+        return float(scales["default"] if scales["embed"] else (scales["low"] + scales["high"]) / 2)
+    return float(options.get("guidance_scale", 1.0))
+
+
+def told(session: Session, onsets: Sequence[health.Onset], step: int) -> list[str]:
+    """Log a warning for each onset, in words that fit the method's options; the words."""
+    tree, rates = recipes.encode(session.recipe), {role: optim.lr for role, optim in session.recipe.optim.items()}
+    texts = [health.words(onset, tree["method"], rates) for onset in onsets]
+    for text in texts:
+        log.warning("step %d: %s", step, text)
+    return texts
+
+
+def agreed(device: torch.device, *answers: bool) -> list[bool]:
+    """The main process's answers, in every process."""
+    mine = torch.tensor([float(answer and parallel.rank() == 0) for answer in answers], device=device)
+    return [bool(answer) for answer in parallel.sum_over_processes(mine).tolist()]
 
 
 def timed(steps: Iterator[tuple[int, Logs]]) -> Iterator[tuple[int, Logs, float]]:
@@ -454,7 +593,8 @@ def sample_prompts(session: Session) -> list[str]:
     """The prompts of the sample grid: the recipe's, or the data's first distinct ones."""
     chosen = session.recipe.run.sample_prompts
     if not chosen:
-        items = (session.source.item(i).prompt for i in range(4 * GRID))
+        place = session.share.place if session.share else int
+        items = (session.source.item(place(i)).prompt for i in range(4 * GRID))
         chosen = list(dict.fromkeys(items))[:GRID]
     return [chosen[i % len(chosen)] for i in range(GRID)]
 
@@ -498,6 +638,11 @@ def settings_of(session: Session) -> dict[str, Any]:
         }
         if told := session.family.told(method.num_steps):
             card["call"] = dict(told)
+    network = method.networks[method.exported]
+    if isinstance(network, Students):
+        card["students"] = len(network)
+    elif recipe.student.route:
+        card["route"] = config.encode(recipe.student.route)
     scale = student_guidance(method)
     if scale is not None:
         card["guidance_scale"] = scale
@@ -514,7 +659,7 @@ def export_network(
     """Write the exported network as a pipeline, or alone; card: its settings."""
     recipe, method = session.recipe, session.method
     given: dict[str, Any] = {
-        "prompts": sample_prompts(session)[:2],
+        "prompts": sample_prompts(session)[: max(2, len(members(method.networks[method.exported])))],
         "card": card,
         "dtype": DTYPES[recipe.run.save_dtype],
         "sampler": method.sampler,
@@ -532,26 +677,29 @@ def export_network(
 
 def export_adapter(session: Session, pipeline: Path, folder: Path, card: dict[str, Any], wanted: Wanted) -> None:
     """Write the adapter alone, or each expert's, of an exported ``pipeline``; card: that one's settings."""
-    recipe, method, component = session.recipe, session.method, session.family.component
+    recipe, method, family = session.recipe, session.method, session.family
     base = recipe.student.init or recipe.model.path
     stock = student_guidance(method) is None
     adapters, network = adapters_of(method), method.networks[method.exported]
-    starts = network.starts if isinstance(network, Experts) else []
+    starts = network.starts if isinstance(network, Experts) and not family.experts else []
     card = card | {"base_model": base, "lora": {"rank": adapters[0].lora.rank, "scale": 1.0}}
-    if len(adapters) > 1:
+    if len(starts) > 1:
         card["lora"] |= {"starts": starts}
     if stock:
-        unguided = 1.0 if session.family.unguided is None else session.family.unguided
+        unguided = 1.0 if family.unguided is None else family.unguided
         card |= {"guidance_scale": unguided, "use": USE.format(unguided)}
-        if len(adapters) > 1:
+        if family.experts:
+            files = export.adapter_files(family, len(adapters)).items()
+            told = [" with ".join([name, *(f"{key}={value}" for key, value in more.items())]) for name, more in files]
+            card["use"] = f"{USE_OF_EACH.format(', '.join(told), [*family.experts])}; {card['use']}"
+        elif len(adapters) > 1:
             card["use"] = f"{USE_EXPERTS}; {card['use']}"
     else:
         card |= {"use": "fastgen.lora.loaded: stock pipelines of base_model have no place for its guidance scale"}
     difference = export.export_adapter(
-        session.family,
-        pipeline,
-        [lora.weights(adapter, component) for adapter in adapters],
-        component,
+        family,
+        functools.partial(export.from_pretrained, pipeline),
+        [lora.weights(adapter, family.component) for adapter in adapters],
         recipes.locate(base) if stock else None,
         folder,
         num_steps=method.num_steps,
@@ -576,6 +724,7 @@ def describe(
     """Write the model card into ``folder``, which is to become ``target``, and the sample grid beside it."""
     recipe, method, family = session.recipe, session.method, session.family
     steps = recipe.run.steps if wanted.steps_done is None else wanted.steps_done
+    students = card.get("students", 1)
     prompts = sample_prompts(session)
     grid = Path(recipe.run.out) / "samples" / f"step_{steps:06d}.png"
     if grid.is_file():
@@ -599,8 +748,9 @@ def describe(
         settings = export.settings_beside(made, recipes.locate(recipe.model.path))
         call = replace(call, base=publish.place_of(bases[0]), networks=networks, settings=settings)
     if wanted.form == "lora":
-        call = replace(call, base=publish.place_of(bases[-1]), weights=export.LORA)
-        if len(adapters_of(method)) > 1 or student_guidance(method) is not None:
+        files = export.adapter_files(family, len(adapters_of(method)))
+        call = replace(call, base=publish.place_of(bases[-1]), weights=files)
+        if (len(files) > 1 and not family.experts) or student_guidance(method) is not None:
             call = replace(call, arguments={})  # no stock call does it
     about = vars(registry.find("method", recipe.method.name)).get("ABOUT")  # none in a module from elsewhere
     facts = Facts(
@@ -612,7 +762,7 @@ def describe(
         method=(recipe.method.name, about.paper, about.arxiv) if about else (recipe.method.name, "", ""),
         config=recipes.encode(recipe),
         steps=steps,
-        images_seen=steps * session.engine.batch_size * session.engine.accumulate * parallel.size(),
+        images_seen=steps * session.engine.batch_size * session.engine.accumulate * parallel.size() * students,
         trained={role: config.encode(optim) for role, optim in recipe.optim.items()},
         results=wanted.results(opened),
         grid=publish.GRID,

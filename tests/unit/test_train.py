@@ -19,11 +19,13 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from fastgen import checkpoint, parallel, recipe, tracking, train
+from fastgen import best, checkpoint, health, parallel, recipe, tracking, train
 from fastgen.checkpoint import CheckpointError
 from fastgen.data import Item
 from fastgen.ema import EMA
 from fastgen.engine import Engine, Optim
+from fastgen.health import Health, Unhealthy
+from fastgen.publish import Wanted
 from fastgen.train import Session, write_grid
 from fastgen.trainers import dmd2
 from tests.oracle import CAPTIONS, Samples, conv_family, optims, same, states
@@ -88,7 +90,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
     ]
 
 
-def interrupted(chosen: recipe.Recipe, steps: int) -> None:
+def interrupted(chosen: recipe.Recipe, steps: int, quick: train.Quick | None = None) -> None:
     """Train and stop without a word after so many steps, as a kill does."""
 
     class Stop(BaseException):
@@ -108,7 +110,7 @@ def interrupted(chosen: recipe.Recipe, steps: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "progress", lambda *_: contextlib.nullcontext(stop()))
         with pytest.raises(Stop):
-            train.train(chosen)
+            train.train(chosen, quick=quick)
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +255,355 @@ def test_evaluation_and_grids_do_not_disturb_the_training(unbroken: Path, tmp_pa
     train.train(chosen, quick=quick)
     file = "checkpoint-8/student.safetensors"
     assert same(load_file(unbroken / file), load_file(tmp_path / file))
+
+
+# The best checkpoint
+
+
+def keeping(folder: Path, **run: Any) -> recipe.Recipe:
+    """A run that is judged at every step and saves only its last checkpoint and the best."""
+    chosen = settings(folder, **({"keep_best": "fid", "keep": 1, "checkpoint_every": 100, "steps": 12} | run))
+    return replace(chosen, eval={"every": 1, "metrics": ["fid"]}, health=Health(every=0))
+
+
+def by_weights(session: Session) -> dict[str, float]:
+    """A value that goes up and down as the weights move, and depends on nothing else."""
+    return {
+        "fid": float(
+            sum((1e4 * p.detach().double().sum()).sin() for p in session.method.networks["student"].parameters())
+        )
+    }
+
+
+def given(*values: float) -> train.Quick:
+    """A quick evaluation with these values in turn."""
+    turns = iter(values)
+    return lambda session: {"fid": next(turns)}
+
+
+def names(run: Path) -> list[str]:
+    return [p.name for p in checkpoint.all_checkpoints(run)]
+
+
+def test_the_best_checkpoint_stays_and_is_marked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    quick = given(9.0, 5.0, 7.0, float("nan"), 3.0, 8.0, 3.0, 8.0)
+    with caplog.at_level(logging.INFO, "fastgen"):
+        train.train(keeping(tmp_path, steps=8), quick=quick)
+    assert names(tmp_path) == ["checkpoint-5", "checkpoint-8"]
+    assert (tmp_path / "best.json").read_text() == (
+        '{\n "step": 5,\n "metric": "fid",\n "value": 3.0,\n "better": "low"\n}\n'
+    )
+    assert caplog.messages[-1] == (
+        f"best fid 3 at step 5; {tmp_path / 'pipeline'} holds step 8, the last; `fastgen export {tmp_path} "
+        "--checkpoint best` writes the best"
+    )
+
+
+def test_the_one_before_goes_as_soon_as_there_is_a_better_one(tmp_path: Path) -> None:
+    seen = []
+    values = given(9.0, 5.0, 7.0, 3.0)
+
+    def quick(session: Session) -> dict[str, float]:
+        seen.append(names(tmp_path))
+        return values(session)
+
+    train.train(keeping(tmp_path, steps=4, checkpoint_every=3), quick=quick)
+    assert seen == [[], ["checkpoint-1"], ["checkpoint-2"], ["checkpoint-2", "checkpoint-3"]]
+    assert names(tmp_path) == ["checkpoint-4"]
+
+
+def test_which_way_is_better_is_the_metric_s_own(tmp_path: Path) -> None:
+    chosen = replace(keeping(tmp_path, steps=3, keep_best="clip_score"), eval={"every": 1, "metrics": ["clip_score"]})
+    values = iter([0.2, 0.3, 0.1])
+    train.train(chosen, quick=lambda session: {"clip_score": next(values)})
+    assert best.read(tmp_path) == best.Best(2, "clip_score", 0.3, "high")
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An unbroken run that keeps its best."""
+    run = tmp_path_factory.mktemp("kept") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "build", build)
+        patch.setattr(train, "export_run", lambda session, folder: None)
+        train.train(keeping(run, log_every=5), quick=by_weights)
+    fids = {row["step"]: row["fid"] for row in rows(run)}
+    found = best.read(run)
+    assert found
+    assert found.step == min(fids, key=fids.__getitem__) not in (1, 12)  # else it would show little
+    return run
+
+
+@pytest.mark.parametrize("cuts", [(1,), (7,), (3, 2, 4)])
+def test_the_best_of_a_run_that_goes_on_is_that_of_an_unbroken_one(
+    kept: Path, tmp_path: Path, cuts: Sequence[int]
+) -> None:
+    """Rows, too: they are means since the last one, and the best checkpoints come at steps of their own."""
+    chosen = keeping(tmp_path, log_every=5)
+    for steps in cuts:
+        interrupted(chosen, steps, by_weights)
+    train.train(chosen, quick=by_weights)
+    assert rows(tmp_path) == rows(kept)
+    assert (tmp_path / "best.json").read_text() == (kept / "best.json").read_text()
+    assert names(tmp_path) == names(kept)
+    for path in checkpoint.all_checkpoints(kept):
+        for file in path.glob("*.safetensors"):
+            assert same(load_file(file), load_file(tmp_path / path.name / file.name))
+
+
+def test_a_kill_between_checkpoint_and_mark_loses_nothing(
+    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = keeping(tmp_path, log_every=5)
+    write, calls = best.write, []
+
+    def killed(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    monkeypatch.setattr(best, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(chosen, quick=by_weights)
+    assert len(names(tmp_path)) == 2
+    train.train(chosen, quick=by_weights)
+    assert (tmp_path / "best.json").read_text() == (kept / "best.json").read_text()
+    assert names(tmp_path) == names(kept)
+
+
+def test_the_best_may_become_the_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    exported = []
+
+    def export_run(session: Session, folder: Path, wanted: Wanted) -> None:
+        with session.weights():
+            exported.append((states(session.method)["student"], wanted.steps_done))
+
+    monkeypatch.setattr(train, "export_run", export_run)
+    chosen = keeping(tmp_path, steps=4, export="best")
+    with caplog.at_level(logging.INFO, "fastgen"):
+        train.train(chosen, quick=given(9.0, 2.0, 7.0, 3.0))
+    assert [steps for _, steps in exported] == [2]
+    assert same(exported[0][0], load_file(tmp_path / "checkpoint-2/student.ema.safetensors"))
+    assert caplog.messages[-1] == f"best fid 2 at step 2; {tmp_path / 'pipeline'} holds step 2"
+
+
+def test_without_a_finite_value_the_last_is_exported_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "fastgen"):
+        train.train(keeping(tmp_path, steps=1, export="best"), quick=given(float("nan")))
+    assert caplog.messages[-1] == f"no quick evaluation gave a finite fid; {tmp_path / 'pipeline'} holds the last step"
+    assert not (tmp_path / "best.json").exists()
+
+
+def test_a_best_that_cannot_be_known_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"run.keep_best 'fid' needs quick evaluations; set eval.every, or leave"):
+        train.train(keeping(tmp_path))
+    with pytest.raises(ValueError, match=r"run.keep_best 'fid': the quick evaluation gives kid; choose one of these"):
+        train.train(keeping(tmp_path), quick=lambda session: {"kid": 1.0})
+
+
+def test_only_the_main_process_keeps_a_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    train.train(keeping(tmp_path / "run", steps=2), quick=by_weights)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize(("rank", "answers"), [(0, [True, False]), (1, [False, False])])
+def test_processes_answer_what_the_main_one_does(
+    monkeypatch: pytest.MonkeyPatch, rank: int, answers: list[bool]
+) -> None:
+    """What a process adds to the sum that all then see."""
+    monkeypatch.setattr(parallel, "rank", lambda: rank)
+    assert train.agreed(torch.device("cpu"), True, False) == answers
+
+
+# Health
+
+
+def watched(folder: Path, section: dict[str, Any] | None = None, **run: Any) -> recipe.Recipe:
+    chosen = settings(folder, **run)
+    return replace(chosen, health=replace(Health(every=1, prompts=2, seeds=3, teacher_steps=4), **(section or {})))
+
+
+def collapsed(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Let the student's pictures be the teacher's until so many checks are done, then all alike."""
+    looks: list[int] = []
+
+    def images(session: Session, prompts: Sequence[str], samples: Sequence[int]) -> torch.Tensor:
+        looks.append(len(samples))
+        found = session.teacher_images(prompts, samples, 4, 2.0)
+        return found if len(looks) <= 2 * after else found[:1].expand_as(found)
+
+    monkeypatch.setattr(Session, "images", images)
+
+
+def warnings(run: Path) -> list[str]:
+    lines = (run / "train.log").read_text().splitlines()
+    return [line.partition(" WARNING ")[2] for line in lines if " WARNING " in line]
+
+
+def test_a_watched_run_is_the_same_bit_for_bit(unbroken: Path, tmp_path: Path) -> None:
+    train.train(watched(tmp_path))
+    for file in (unbroken / "checkpoint-8").glob("*.safetensors"):
+        assert same(load_file(file), load_file(tmp_path / "checkpoint-8" / file.name)), file.name
+    found = rows(tmp_path)
+    assert [row["step"] for row in found] == list(range(1, 9))
+    logged = [{k: v for k, v in row.items() if not k.startswith("health/")} for row in found]
+    assert [row for row in logged if len(row) > 1] == rows(unbroken)
+    assert all("health/critic_lag" in row and "health/diversity" in row for row in found)
+
+
+def test_a_collapse_is_in_the_log_and_in_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    collapsed(monkeypatch, after=4)
+    train.train(watched(tmp_path, {"critic": 99.0}))
+    assert [row["health/diversity"] for row in rows(tmp_path)] == [1.0] * 4 + [0.0] * 4
+    assert warnings(tmp_path) == [
+        "step 6: students are collapsing: diversity fell to 0 % of the teacher's since step 4; raise "
+        "method.student_every (2) or raise method.adversarial.weight (0, it then needs images)"
+    ]
+    assert (tmp_path / "pipeline").is_dir()
+
+
+@pytest.mark.parametrize("cuts", [(1,), (5,), (3, 2, 1)])
+def test_a_watched_run_that_goes_on_has_the_rows_and_warnings_of_an_unbroken_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuts: Sequence[int]
+) -> None:
+    """The teacher's pictures are made once, and the monitor goes on from the rows."""
+    made = []
+    teacher_images = Session.teacher_images
+    monkeypatch.setattr(Session, "teacher_images", lambda *args: made.append(args[1:]) or teacher_images(*args))
+    limits = {"diversity": 0.95, "critic": 1.0001, "warmup": 0.3}
+    train.train(watched(tmp_path / "whole", limits))
+    assert len(made) == 2  # one call a prompt
+    for steps in cuts:
+        interrupted(watched(tmp_path / "broken", limits), steps)
+    train.train(watched(tmp_path / "broken", limits))
+    assert len(made) == 4
+    assert rows(tmp_path / "whole") == rows(tmp_path / "broken")
+    # a step after the newest checkpoint is trained twice, and so may be what it says
+    assert warnings(tmp_path / "whole") == list(dict.fromkeys(warnings(tmp_path / "broken"))) != []
+
+
+def test_pictures_of_teacher_and_student_are_of_the_same_prompts_and_noise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, list[Any]] = {"images": [], "teacher_images": []}
+    for name, calls in asked.items():
+        whole = getattr(Session, name)
+        monkeypatch.setattr(Session, name, lambda *a, calls=calls, whole=whole: calls.append(a[1:]) or whole(*a))
+    chosen = watched(tmp_path, {"prompts": 3})
+    session = build(chosen)
+    found = train.check(session, tmp_path, 0)
+    rows_of = [(["left"] * 3, range(3)), (["right"] * 3, range(3, 6))]  # the data have two captions
+    assert asked == {"images": rows_of, "teacher_images": [(*row, 4, 2.0) for row in rows_of]}
+    seen = [health.look(getattr(session, name)(*row) for row in list(calls)) for name, calls in asked.items()]
+    assert found["health/diversity"] == pytest.approx(seen[0].diversity / seen[1].diversity, rel=1e-6)
+    before = asked["teacher_images"].copy()
+    train.check(session, tmp_path, 0)
+    assert asked["teacher_images"] == before
+    other = replace(session, recipe=watched(tmp_path, {"prompts": 3, "teacher_steps": 5}))
+    train.check(other, tmp_path, 0)
+    assert len(asked["teacher_images"]) == len(before) + 2
+
+
+def test_a_teacher_s_pictures_are_guided_ddim_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of as many steps as asked, from the noise that the student's begin with."""
+    session = build(settings(tmp_path))
+    seen = []
+    whole = train.sample
+
+    def sample(denoise: Any, schedule: Any, x_t: torch.Tensor, times: Sequence[float], *rest: Any) -> torch.Tensor:
+        seen.append((x_t, list(times), rest[1]))
+        return whole(denoise, schedule, x_t, times, *rest)
+
+    monkeypatch.setattr(train, "sample", sample)
+    monkeypatch.setattr(train, "sample_student", lambda d, s, x_t, *rest: seen.append((x_t,)) or x_t)
+    images = session.teacher_images(["left", "right"], [3, 4], 5, 2.0)
+    session.images(["left", "right"], [3, 4])
+    assert images.shape == (2, 3, 8, 8)
+    assert images.dtype == torch.uint8
+    assert seen[0][1:] == ([999.0, 799.0, 599.0, 399.0, 199.0], train.ddim)
+    assert torch.equal(seen[0][0], seen[1][0])
+    assert not torch.equal(images, session.teacher_images(["left", "right"], [3, 4], 5, 9.0))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "scale"),
+    [
+        ("dmd2", {"guidance_scale": 3.0}, 3.0),
+        ("lcm", {"guidance": {"low": 2.0, "high": 9.0, "default": 4.0}}, 4.0),
+        ("lcm", {"guidance": {"low": 2.0, "high": 9.0, "embed": False}}, 5.5),
+        ("kd", {}, 1.0),
+    ],
+)
+def test_the_teacher_is_guided_as_the_method_guides_it(
+    tmp_path: Path, method: str, options: dict[str, Any], scale: float
+) -> None:
+    chosen = settings(tmp_path)
+    decoded = recipe.choose("method", "name", {"name": method, **options}, "toy", "method")
+    session = build(chosen)
+    assert train.teacher_scale(replace(session, recipe=replace(chosen, method=decoded))) == scale
+
+
+def test_the_teacher_of_pairs_is_guided_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Made:
+        class card:
+            guidance_scale = 6.5
+
+    monkeypatch.setattr(train, "Pairs", Made)
+    assert train.teacher_scale(replace(build(settings(tmp_path)), source=Made())) == 6.5  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("every", "judged", "steps"),
+    [(None, 3, [3, 6]), (2, 3, [2, 4, 6, 8]), (0, 3, []), (None, 0, [5]), (4, 0, [4, 8])],
+)
+def test_checks_come_with_the_quick_evaluations_or_at_steps_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int | None, judged: int, steps: list[int]
+) -> None:
+    monkeypatch.setattr(health, "ALONE", 5)
+    chosen = replace(watched(tmp_path, {"every": every}), eval={"every": judged})
+    train.train(chosen, quick=lambda session: {"fid": 1.0})
+    assert [row["step"] for row in rows(tmp_path) if "health/critic_lag" in row] == steps
+
+
+def test_without_pictures_or_with_compiled_networks_the_rest_is_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = build(watched(tmp_path))
+    both = train.check(session, tmp_path, 0).keys()
+    monkeypatch.setattr(train, "encoders_left_out", lambda recipe: ("text", "vae"))
+    of_losses = train.check(session, tmp_path, 0).keys()
+    assert of_losses == {"health/critic_lag"} < both
+    monkeypatch.undo()
+    monkeypatch.setattr(session.method, "num_steps", None)  # it samples as its teacher does
+    assert train.check(session, tmp_path, 0).keys() == of_losses
+    monkeypatch.undo()
+    compiled = replace(session.recipe, model=replace(session.recipe.model, compile=True))
+    assert train.check(replace(session, recipe=compiled), tmp_path, 0).keys() == both - of_losses
+
+
+def test_a_run_may_end_at_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a checkpoint, from which it then goes on: what was told is not told again."""
+    collapsed(monkeypatch, after=4)
+    chosen = watched(tmp_path, {"critic": 99.0, "stop": True}, checkpoint_every=100)
+    with pytest.raises(
+        Unhealthy, match=r"ended at step 6, since students are collapsing: diversity fell to 0 % "
+    ) as e:
+        train.train(chosen)
+    assert str(e.value).endswith("; checkpoint-6 is whole, and the same command goes on from it")
+    assert names(tmp_path) == ["checkpoint-6"]
+    assert checkpoint.read_state(tmp_path / "checkpoint-6")["steps_done"] == 6
+    assert rows(tmp_path)[-1]["step"] == 6
+    assert not (tmp_path / "pipeline").exists()
+    train.train(chosen)
+    assert names(tmp_path)[-1] == "checkpoint-8"
+    assert len(warnings(tmp_path)) == 1
+    assert (tmp_path / "pipeline").is_dir()
 
 
 # Pictures
