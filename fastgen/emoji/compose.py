@@ -15,6 +15,7 @@ from PIL import Image
 
 from fastgen.emoji import names, sprites
 from fastgen.emoji.names import Core
+from fastgen.geneval import RELATIONS, TAGS, relations
 
 T = TypeVar("T")
 
@@ -53,14 +54,11 @@ BACKGROUNDS: Mapping[str, tuple[int, int, int]] = {
 DARK_BACKGROUNDS = ("sand", "silver", "steel")
 """The only backgrounds behind a white sprite, which the paler ones would swallow."""
 
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+TASKS = TAGS
 """GenEval's tags."""
 
 EXTRA_TASKS = ("color_pair",)
 """Tags outside GenEval: two of one noun in two colours ("a red heart and a blue heart")."""
-
-RELATIONS = ("left of", "right of", "above", "below")
-"""GenEval's positions."""
 
 MAX_COUNT = 4
 
@@ -281,19 +279,6 @@ def _spread(rng: np.random.Generator, tiles: Sequence[np.ndarray], size: int) ->
         x, y = (int(v) for v in rng.integers(0, room + 1, 2))
         places.append((x + half * int(quarter % 2), y + half * int(quarter // 2)))
     return places
-
-
-def relations(first: Sequence[float], second: Sequence[float]) -> frozenset[str]:
-    """How the first box lies to the second by GenEval's rule; both are x0, y0, x1, y1."""
-    a, b = np.asarray(first, float), np.asarray(second, float)
-    offset = (a[:2] + a[2:] - b[:2] - b[2:]) / 2
-    slack = 0.1 * (a[2:] - a[:2] + b[2:] - b[:2])
-    revised = np.maximum(np.abs(offset) - slack, 0) * np.sign(offset)
-    if np.all(np.abs(revised) < 1e-3):
-        return frozenset()
-    dx, dy = revised / np.hypot(*offset)
-    holds = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
-    return frozenset(relation for relation, true in holds.items() if true)
 
 
 def _shift(extent: Sequence[int], x: int, y: int) -> tuple[int, int, int, int]:

@@ -11,11 +11,10 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 
+from fastgen.geneval import COLOURS as COLOURS
+
 STYLES = ("noto", "twemoji", "fluent flat", "blob", "emojione", "fluent 3d")
 """The six drawing styles, by the words that name them in a caption."""
-
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-"""GenEval's colour words."""
 
 NUMBERS = ("zero", "one", "two", "three", "four")
 

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from fastgen.emoji import build, compose, names, sprites
+from fastgen.geneval import COLOURS
 
 HELDOUT_SHA256 = "41993ce0aadf97663aee73840a1dc20389efd998ff38e506aaf25ab3e2faf408"
 CAPTIONS_SHA256 = "52cfeca81fa47845a41236cfa3f131818bda549faadc4b25294da569676d9e4d"
@@ -34,7 +35,7 @@ def test_core_is_well_formed() -> None:
     assert 150 <= len(names.CORE) <= 170
     assert len(names.by_name()) == len(names.by_label()) == len(names.CORE)
     assert len({core.phrase for core in names.CORE}) == len(names.CORE)
-    assert {core.colour for core in names.CORE} == {None, *names.COLOURS}
+    assert {core.colour for core in names.CORE} == {None, *COLOURS}
     assert len({core.noun for core in names.CORE if core.geneval}) >= 60
     for core in names.CORE:
         assert core.name == core.noun or core.name == f"{core.colour} {core.noun}"
@@ -360,7 +361,7 @@ def test_metadata_has_the_form_of_geneval(task: str) -> None:
             assert set(clause) == {"class", "count"} | extra
             assert clause["class"] in names.by_noun()
             if "color" in clause:
-                assert clause["color"] in names.COLOURS
+                assert clause["color"] in COLOURS
                 assert f"{clause['color']} {clause['class']}" in scene.prompt
         assert Counter(box.noun for box in scene.boxes) == sum(
             (Counter({clause["class"]: clause["count"]}) for clause in include), Counter()
