@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format mypy results bench performance recovery guiders world sprites clean
+.PHONY: help install demo test check format mypy results bench performance recovery guiders world scenes students report sprites clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -37,8 +37,8 @@ mypy: $(VENV)/.installed-dev  ## types alone
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p fastgen
 
 results: demo  ## make the demo's numbers in README.md and docs/results.md again
-	$(BIN)/fastgen report runs/demo --into docs/results.md --name demo --picture docs/demo.png
-	$(BIN)/fastgen report runs/demo --into README.md --name demo
+	$(BIN)/fastgen report page runs/demo --into docs/results.md --name demo --picture docs/demo.png
+	$(BIN)/fastgen report page runs/demo --into README.md --name demo
 
 bench: $(VENV)/.installed-eval  ## train and judge every method on the emoji teacher, write docs/results.json (hours; resumes)
 	$(BIN)/fastgen bench methods
@@ -59,6 +59,20 @@ world: $(VENV)/.installed-dev  ## train the emoji world anew: CLIP, autoencoder,
 	test -d runs/emoji/untrained || $(BIN)/python -m fastgen.emoji.world pipeline runs/emoji/clip/clip runs/emoji/vae/vae runs/emoji/untrained
 	$(BIN)/fastgen train configs/emoji/teacher.yaml
 	$(BIN)/python -m fastgen.emoji.world ship runs/emoji
+
+scenes: $(VENV)/.installed-dev  ## train a CLIP and a teacher of composed scenes, on from the emoji world's (hours; resumes)
+	$(BIN)/python -m fastgen.emoji.world clip configs/scenes/clip.yaml
+	$(BIN)/python -m fastgen.emoji.world vae configs/scenes/vae.yaml
+	test -d runs/scenes/untrained || $(BIN)/python -m fastgen.emoji.world pipeline runs/scenes/clip/clip runs/scenes/vae/vae runs/scenes/untrained fastgen/emoji/assets/teacher/unet
+	$(BIN)/fastgen train configs/scenes/teacher.yaml
+
+students: $(VENV)/.installed-eval  ## distil the scenes' teacher into three students (twenty minutes; resumes)
+	$(BIN)/fastgen train configs/scenes/scm.yaml
+	$(BIN)/fastgen train configs/scenes/dmd2.yaml
+	$(BIN)/fastgen train configs/scenes/pcm.yaml
+
+report: $(VENV)/.installed-eval  ## judge the scenes' teacher and students, write runs/scenes/report/report.html (after: make scenes students)
+	$(BIN)/fastgen evaluate runs/scenes/scm runs/scenes/dmd2 runs/scenes/pcm --out runs/scenes/report
 
 sprites: $(VENV)/.installed-dev  ## draw the shipped sprites anew from the pinned packages (needs npm)
 	$(BIN)/python -m fastgen.emoji.build

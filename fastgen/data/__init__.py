@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -20,10 +20,11 @@ from .skipped import Unreadable as Unreadable
 
 @dataclass(frozen=True)
 class Item:
-    """A prompt and, where the source has images, its picture: uint8 [H, W, 3]."""
+    """A prompt and, where the source has them, its picture, uint8 [H, W, 3], and GenEval's record of the prompt."""
 
     prompt: str
     image: np.ndarray | None = None
+    metadata: Mapping[str, Any] | None = None
 
 
 class Source(Protocol):

@@ -160,14 +160,20 @@ def whiten(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> None:
         into.bias[c:] -= 2 * std.log()
 
 
-def assemble(clip_folder: Path, vae_folder: Path, seed: int = 0) -> StableDiffusionPipeline:
-    """A stock StableDiffusionPipeline with trained text encoder and autoencoder and an untrained U-Net."""
+def assemble(
+    clip_folder: Path, vae_folder: Path, unet_folder: Path | None = None, seed: int = 0
+) -> StableDiffusionPipeline:
+    """A stock StableDiffusionPipeline with trained text encoder and autoencoder, its U-Net untrained if none is given.
+
+    All float32, as they are trained.
+    """
     torch.manual_seed(seed)
+    full = {"torch_dtype": torch.float32}
     return StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(vae_folder),
-        text_encoder=CLIPTextModel.from_pretrained(clip_folder),
+        vae=AutoencoderKL.from_pretrained(vae_folder, **full),
+        text_encoder=CLIPTextModel.from_pretrained(clip_folder, dtype=torch.float32),
         tokenizer=CLIPTokenizer.from_pretrained(clip_folder),
-        unet=unet(),
+        unet=UNet2DConditionModel.from_pretrained(unet_folder, **full) if unet_folder else unet(),
         scheduler=scheduler(),
         safety_checker=None,
         feature_extractor=None,
