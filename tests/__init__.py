@@ -1,0 +1,1 @@
+"""The tests, a package by name so that no other of that name is found for it."""
