@@ -7,59 +7,56 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
-import re
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
-from .context import Context
+from . import inception, weights
+from .context import Context, Extractor
 
-INCEPTION = "inception-2015-12-05.pt"
-"""The TorchScript InceptionV3 of NVIDIA that clean-fid uses."""
-INCEPTION_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION}"
+Output = Literal["pool", "spatial", "logits"]
+Preparation = Literal["clean", "legacy_pytorch", "legacy_tensorflow", "patch"]
 _TEXT_BATCH = 256
 
 
-class Extractor(Protocol):
-    """Features of images, for fid."""
-
-    num_features: int
-
-    def __hash__(self) -> int:
-        """By identity: fid's reference statistics are kept per extractor."""
-        ...
-
-    def images(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] -> float32 [B, num_features]."""
-        ...
-
-    def protocol(self) -> dict[str, Any]:
-        """Name, hash of the weights and resize."""
-        ...
-
-
 def extractor(context: Context) -> Extractor:
-    """The context's CLIP, or InceptionV3 without one. Raises ValueError if its weights are missing."""
-    if context.clip is not None:
-        return load_clip(context.clip, str(context.device))
-    return load_inception(inception_file(context.inception), str(context.device))
+    """The feature space of fid, kid and others: ``context.features``. Raises ValueError if its weights are missing."""
+    if context.features == "clip":
+        return clip(context, "eval.features=clip")
+    return inception_extractor(context, context.features)
+
+
+def clip(context: Context, wanted_by: str) -> Clip:
+    """The context's CLIP. Raises ValueError, saying which metric wants it, if there is none."""
+    try:
+        folder = weights.find("clip", context.weights.get("clip"))
+    except ValueError as error:
+        raise ValueError(f"{wanted_by} needs a CLIP; {error}") from None
+    return load_clip(str(folder), str(context.device))
+
+
+def inception_extractor(context: Context, preparation: Preparation, output: Output = "pool") -> Inception:
+    """InceptionV3 with the context's weights. Raises ValueError if they are missing."""
+    name = "inception_pytorch" if preparation == "legacy_pytorch" else "inception"
+    return load_inception(str(weights.find(name, context.weights.get(name))), str(context.device), preparation, output)
 
 
 class Clip:
     """A CLIP's two towers. Features are the projected embeddings, not normalised, as CLIP-FID takes them."""
 
     def __init__(self, path: str, device: str) -> None:
-        """path: folder or Hub id. Raises ValueError if there is no CLIP."""
+        """path: folder. Raises ValueError if there is no CLIP."""
         from transformers import CLIPModel, CLIPProcessor
 
-        # a folder that is not there would be asked of the Hub
-        if not Path(path).is_dir() and (not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) or Path(path).parent.is_dir()):
-            raise ValueError(f"{path}: no such CLIP folder; set eval.clip to one, or to a Hub id")
+        if not Path(path).is_dir():
+            raise ValueError(f"{path}: no such CLIP folder; set eval.weights.clip to one, or to a Hub id")
         try:
             self._model = CLIPModel.from_pretrained(path, dtype=torch.float32).to(device).eval()
             processor = CLIPProcessor.from_pretrained(path)
@@ -69,26 +66,20 @@ class Clip:
         self._tokenizer, self._processor = processor.tokenizer, processor.image_processor
         self._tokens = self._model.config.text_config.max_position_embeddings
         self._texts: dict[str, Tensor] = {}
-        self._last: tuple[Tensor, Tensor] | None = None
         self._path, self._device = path, device
         self.num_features: int = self._model.config.projection_dim
         self._sha256 = fingerprint({"clip": self._model})
+        self.key = f"clip-{_short(self._sha256, self._resize())}"
 
     @torch.no_grad()
-    def images(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] -> [B, D], prepared exactly as the CLIP's own image processor does.
-
-        The metrics ask for the same batch in turn, so the last one's embeddings are kept.
-        """
-        if self._last is None or not torch.equal(self._last[0], images.cpu()):
-            pixels = self._processor(images=list(images.cpu()), return_tensors="pt")["pixel_values"]
-            rows = _embedding(self._model.get_image_features(pixel_values=pixels.to(self._device)))
-            self._last = (images.cpu().clone(), rows)
-        return self._last[1].clone()
+    def __call__(self, images: Tensor, prompts: Sequence[str] = ()) -> Tensor:
+        """uint8 [B, 3, H, W] -> float32 [B, D], prepared exactly as the CLIP's own image processor does."""
+        pixels = self._processor(images=list(images.cpu()), return_tensors="pt")["pixel_values"]
+        return _embedding(self._model.get_image_features(pixel_values=pixels.to(self._device))).cpu()
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """[N] -> [N, D]; a text longer than the CLIP takes is cut. Each is encoded once."""
+        """[N] -> float32 [N, D]; a text longer than the CLIP takes is cut. Each is encoded once."""
         new = sorted({text for text in texts if text not in self._texts})
         for start in range(0, len(new), _TEXT_BATCH):
             part = new[start : start + _TEXT_BATCH]
@@ -98,22 +89,25 @@ class Clip:
             rows = self._model.get_text_features(
                 input_ids=tokens.input_ids.to(self._device), attention_mask=tokens.attention_mask.to(self._device)
             )
-            self._texts |= dict(zip(part, _embedding(rows), strict=True))
+            self._texts |= dict(zip(part, _embedding(rows).cpu(), strict=True))
         return torch.stack([self._texts[text] for text in texts])
 
     def protocol(self) -> dict[str, Any]:
         """Name, hash of the weights and resize."""
+        return {
+            "extractor": f"CLIP {'/'.join(Path(self._path).parts[-2:])}",
+            "features": f"projected image embedding, {self.num_features} wide",
+            "sha256": self._sha256,
+            "resize": self._resize(),
+        }
+
+    def _resize(self) -> dict[str, Any]:
         from PIL.Image import Resampling
 
         settings = self._processor.to_dict()
         settings["resample"] = Resampling(settings["resample"]).name.lower()
         kept = ("size", "crop_size", "resample", "image_mean", "image_std")
-        return {
-            "extractor": f"CLIP {'/'.join(Path(self._path).parts[-2:])}",
-            "features": f"projected image embedding, {self.num_features} wide",
-            "sha256": self._sha256,
-            "resize": {name: _plain(settings[name]) for name in kept if name in settings},
-        }
+        return {name: _plain(settings[name]) for name in kept if name in settings}
 
 
 def _embedding(output: Tensor | Any) -> Tensor:
@@ -130,64 +124,130 @@ def _plain(value: Any) -> Any:
     return {k: v for k, v in dict(value).items() if v is not None}
 
 
-class Inception:
-    """InceptionV3's pooled features on images resized by clean-fid ("clean": PIL bicubic, not quantised).
+def _short(*parts: Any) -> str:
+    """16 hex digits of what makes rows differ."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
-    clean-fid reads the weights as TorchScript, which can hold more than numbers: use NVIDIA's own file.
+
+# InceptionV3: how images come to it. uint8 [B, 3, H, W] on the CPU -> float32 [B, 3, 299, 299]
+
+
+def clean(images: Tensor) -> Tensor:
+    """clean-fid's: each channel by PIL's bicubic filter, which does not alias, in float and not rounded to 8 bits.
+
+    Parmar et al. 2022, arXiv 2104.11222.
     """
+    size = (inception.SIZE, inception.SIZE)
+    channels = images.flatten(0, 1).numpy().astype(np.float32)
+    resized = [np.asarray(Image.fromarray(channel).resize(size, Image.Resampling.BICUBIC)) for channel in channels]
+    return _centred(torch.from_numpy(np.stack(resized)).clamp(0, 255).unflatten(0, (-1, 3)))
 
-    num_features = 2048
+
+def legacy_pytorch(images: Tensor) -> Tensor:
+    """pytorch-fid's and clean-fid's of that name: bilinear, pixel centres aligned, aliasing when it shrinks."""
+    size = (inception.SIZE, inception.SIZE)
+    resized = interpolate(images.float(), size, mode="bilinear", align_corners=False)
+    return 2 * (resized.clamp(0, 255) / 255) - 1
+
+
+def legacy_tensorflow(images: Tensor) -> Tensor:
+    """TensorFlow 1's: bilinear, the first pixels' corners aligned (position i looks at i H / 299), aliasing."""
+    resized = images.float()
+    for axis in (3, 2):
+        length = resized.shape[axis]
+        at = torch.arange(inception.SIZE, dtype=torch.float32) * (length / inception.SIZE)
+        low = at.long()
+        part = (at - low).view(-1, *[1] * (3 - axis))
+        first = resized.index_select(axis, low)
+        resized = first + (resized.index_select(axis, (low + 1).clamp_max(length - 1)) - first) * part
+    return _centred(resized)
+
+
+def patch(images: Tensor) -> Tensor:
+    """The middle 299 x 299 pixels, not resized. Raises ValueError if there are fewer."""
+    height, width = images.shape[2:]
+    if min(height, width) < inception.SIZE:
+        raise ValueError(
+            f"patch_fid looks at {inception.SIZE} x {inception.SIZE} pixels, the images are {height} x {width}; "
+            "leave it out of eval.metrics"
+        )
+    top, left = (round((side - inception.SIZE) / 2) for side in (height, width))  # as torchvision's center_crop
+    return _centred(images[:, :, top : top + inception.SIZE, left : left + inception.SIZE].float())
+
+
+def _centred(pixels: Tensor) -> Tensor:
+    return (pixels - 128) / 128
+
+
+PREPARATIONS: Mapping[Preparation, tuple[Callable[[Tensor], Tensor], str]] = {
+    "clean": (clean, "clean-fid clean: 299 x 299, PIL bicubic, float"),
+    "legacy_pytorch": (legacy_pytorch, "pytorch-fid: 299 x 299, bilinear, half-pixel centres, not antialiased"),
+    "legacy_tensorflow": (legacy_tensorflow, "TensorFlow 1: 299 x 299, bilinear, aligned corner, not antialiased"),
+    "patch": (patch, "none: the middle 299 x 299 pixels"),
+}
+"""By name, with what the protocol says of it."""
+WIDTHS: Mapping[Output, tuple[int, str]] = {
+    "pool": (inception.FEATURES, "pooled, 2048 wide"),
+    "spatial": (17 * 17 * inception.SPATIAL, "first 7 channels of the 1 x 1 branch of Mixed_6d, 17 x 17"),
+    "logits": (inception.CLASSES, "logits of 1008 classes, without bias"),
+}
+
+
+class Network:
+    """InceptionV3 on a device. What it gave for the last batch is kept: several extractors ask for it in turn."""
 
     def __init__(self, file: str, device: str) -> None:
-        """file: the weights, named ``INCEPTION``. Raises ValueError if they cannot be read."""
-        from cleanfid.inception_torchscript import InceptionV3W
-        from cleanfid.resize import build_resizer
-
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "`torch.jit.load` is", FutureWarning)  # as clean-fid does
-                self._network = InceptionV3W(str(Path(file).parent), download=False).to(device).eval()
-        except RuntimeError as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"{file}: not readable ({reason}); fetch it again from {INCEPTION_URL}") from None
-        self._resize, self._device = build_resizer("clean"), device
-        self._sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        """Raises ValueError if the file has no such weights."""
+        network = inception.load(Path(file))
+        self.sha256 = fingerprint({"inception": network})
+        self._network, self._device = network.to(device), device
+        self._images = torch.empty(0, dtype=torch.uint8)
+        self._found: dict[Preparation, inception.Outputs] = {}
 
     @torch.no_grad()
-    def images(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] -> [B, 2048]."""
-        rows = [torch.from_numpy(self._resize(image.permute(1, 2, 0).numpy())) for image in images.cpu()]
-        return self._network(torch.stack(rows).permute(0, 3, 1, 2).to(self._device))
+    def __call__(self, images: Tensor, preparation: Preparation) -> inception.Outputs:
+        """uint8 [B, 3, H, W] -> float32 on the CPU."""
+        images = images.cpu()
+        if not torch.equal(self._images, images):
+            self._images, self._found = images.clone(), {}
+        if preparation not in self._found:
+            prepare, _ = PREPARATIONS[preparation]
+            found = self._network(prepare(images).to(self._device))
+            self._found[preparation] = inception.Outputs(*(rows.cpu() for rows in found))
+        return self._found[preparation]
+
+
+class Inception:
+    """One of InceptionV3's outputs, on images prepared in one way."""
+
+    def __init__(self, network: Network, preparation: Preparation, output: Output) -> None:
+        self._network, self._preparation, self._output = network, preparation, output
+        self.num_features, self._told = WIDTHS[output]
+        self.key = f"inception-{preparation}-{output}-{network.sha256[:16]}"
+
+    def __call__(self, images: Tensor, prompts: Sequence[str] = ()) -> Tensor:
+        """uint8 [B, 3, H, W] -> float32 [B, num_features]; the prompts are not looked at."""
+        found: Tensor = getattr(self._network(images, self._preparation), self._output)
+        return found.clone()
 
     def protocol(self) -> dict[str, Any]:
-        """Name, hash of the weights and resize."""
+        """Name, hash of the weights (of names, shapes and numbers, so that it is one for all files) and resize."""
         return {
             "extractor": "InceptionV3",
-            "features": "pooled, 2048 wide",
-            "sha256": self._sha256,
-            "resize": "clean-fid clean: 299 x 299, PIL bicubic, float",
+            "features": self._told,
+            "sha256": self._network.sha256,
+            "resize": PREPARATIONS[self._preparation][1],
         }
 
 
-def inception_place(given: str | None) -> Path:
-    """The file of InceptionV3's weights: given or in its folder, else in $FASTGEN_WEIGHTS_DIR or ~/.cache/fastgen."""
-    default = os.environ.get("FASTGEN_WEIGHTS_DIR") or Path.home() / ".cache" / "fastgen"
-    place = Path(given or default)
-    return place if place.suffix == ".pt" else place / INCEPTION
-
-
-def inception_file(given: str | None) -> str:
-    """Where InceptionV3's weights are. Raises ValueError if there is no such file."""
-    file = inception_place(given)
-    if not file.is_file():
-        raise ValueError(f"{file}: no InceptionV3 weights; put {INCEPTION_URL} there, or set eval.clip")
-    if file.name != INCEPTION:
-        raise ValueError(f"{file}: clean-fid reads InceptionV3 from a file named {INCEPTION}; rename it")
-    return str(file.absolute())
-
-
 load_clip = functools.lru_cache(maxsize=2)(Clip)
-load_inception = functools.lru_cache(maxsize=1)(Inception)
+_network = functools.lru_cache(maxsize=2)(Network)
+
+
+@functools.lru_cache(maxsize=16)
+def load_inception(file: str, device: str, preparation: Preparation, output: Output) -> Inception:
+    """An output of InceptionV3; those of one file share a network, and its pass over a batch where they can."""
+    return Inception(_network(file, device), preparation, output)
 
 
 def fingerprint(modules: Mapping[str, nn.Module]) -> str:

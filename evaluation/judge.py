@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastgen import config, registry
+from fastgen import config, parallel, registry
 from fastgen import recipe as recipes
+from fastgen.checkpoint import write_text
 from fastgen.config import ConfigError
 from fastgen.data import Source
 from fastgen.export import check_pipeline, from_pretrained, opening, read_card
+from fastgen.family import Family
+from fastgen.train import family_of
 
-from . import report, runner
+from . import features, report, runner, stats, weights
 from .config import EvalConfig
-from .context import Context
+from .context import Context, Features
 from .runner import Subject
 
 if TYPE_CHECKING:
     from fastgen.train import Session
+
+STATE = "evaluation.json"
+"""Of an evaluation that goes on: it is gone when all is measured."""
 
 
 def settings(tree: Mapping[str, Any], where: str) -> EvalConfig:
@@ -33,6 +41,11 @@ def settings(tree: Mapping[str, Any], where: str) -> EvalConfig:
             registry.find("metric", name)
         except ValueError as error:
             raise ConfigError(f"{where}: eval.metrics: {error}") from None
+    for name in decoded.weights:
+        try:
+            weights.known(name)
+        except ValueError as error:
+            raise ConfigError(f"{where}: eval.weights: {error}") from None
     if not decoded.reference:
         raise ConfigError(
             f"{where}: eval.reference is missing; name a data source, such as {{source: images, path: ...}}"
@@ -40,77 +53,206 @@ def settings(tree: Mapping[str, Any], where: str) -> EvalConfig:
     return decoded
 
 
+def wanted(decoded: EvalConfig) -> list[str]:
+    """The names of all weights that the metrics see by."""
+    space = {"clip": "clip", "legacy_pytorch": "inception_pytorch"}.get(decoded.features, "inception")
+    needs = [need for name in decoded.metrics for need in registry.find("metric", name).ABOUT.needs]
+    named = [space if need == "features" else need for need in needs]
+    return [name for name in dict.fromkeys(named) if name in weights.TABLE]
+
+
 def reference(decoded: EvalConfig, image_size: tuple[int, int], where: str) -> Source:
     """The data source of ``eval.reference``, opened."""
-    chosen = recipes.choose("source", "source", decoded.reference, where, "eval.reference")
+    return _opened(decoded.reference, image_size, where, "eval.reference")
+
+
+def _opened(tree: Mapping[str, Any], image_size: tuple[int, int], where: str, key: str) -> Source:
+    chosen = recipes.choose("source", "source", tree, where, key)
+    if chosen.name == "cached":
+        raise ConfigError(f"{where}: {key}: a cache has latents and no pictures; name the source that it was made of")
     source: Source = registry.find("source", chosen.name).open(chosen.options, image_size)
     return source
+
+
+def located(decoded: EvalConfig) -> EvalConfig:
+    """With paths in the place of what begins with ``assets:``."""
+    statistics = recipes.locate(decoded.statistics) if decoded.statistics else None
+    paths = {name: recipes.locate(path) for name, path in decoded.weights.items()}
+    return replace(decoded, weights=paths, statistics=statistics)
 
 
 class Quick:
     """Judges a training run's exported network on a few images of the trainer's own sampler.
 
-    Latency is left out, and diversity where no prompt of these few comes twice.
+    Latency is left out, and what compares images of one prompt where no prompt of these few comes twice.
     """
 
     def __init__(self, tree: Mapping[str, Any], where: str) -> None:
         """tree: the ``eval:`` section, decoded now so that a mistake in it shows before the first step."""
         self._settings, self._where = settings(tree, where), where
-        self._context: Context | None = None
+        self._prompts: runner.Prompts | None = None
 
     def __call__(self, session: Session) -> dict[str, float]:
         """The values by name. The reference is gone through the first time only."""
-        decoded = self._settings
-        context = self._context = self._context or self._open(session)
-        # few images may show no prompt twice
-        left_out = {"latency"} if runner.comes_twice(context.prompts) else {"latency", "diversity"}
-        names = [name for name in decoded.metrics if name not in left_out]
+        given = self._prompts = self._prompts or self._open(session)
 
-        def batches() -> Iterator[tuple[Tensor, Sequence[str]]]:
-            for start in range(0, decoded.num_images_training, decoded.batch_size):
-                samples = range(start, min(start + decoded.batch_size, decoded.num_images_training))
-                prompts = [context.prompts[i] for i in samples]
-                yield session.images(prompts, samples), prompts
+        def images(part: Sequence[int]) -> Tensor:
+            return session.images([given.prompts[i] for i in part], part)
 
-        return runner.measure_images(batches(), context, names)
+        names = runner.measurable(given.metrics, given.prompts, {"latency"})
+        return runner.measure_images(images, given.context, names, self._settings.batch_size)
 
-    def _open(self, session: Session) -> Context:
-        decoded = self._settings
+    def _open(self, session: Session) -> runner.Prompts:
+        decoded = replace(located(self._settings), geneval={})
         source = reference(decoded, session.family.image_size, self._where)
-        return Context(
-            recipes.locate(decoded.clip) if decoded.clip else None,
-            decoded.inception,
-            runner.Real(source, range(min(decoded.num_images, len(source))), decoded.batch_size),
-            source.candidates,
-            source.concept,
-            session.device,
-            prompts=[source.item(i).prompt for i in range(decoded.num_images_training)],
-        )
+        [given] = runner.prompt_sets(decoded, source, None, session.device, alone=True)
+        prompts = [source.item(i).prompt for i in range(decoded.num_images_training)]
+        return replace(given, prompts=prompts, context=replace(given.context, prompts=prompts))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A pipeline folder to be judged.
+
+    Attributes:
+        folder: of the pipeline.
+        student: whether it is a student's; else it is judged as teachers are.
+        name: of its rows; empty: its method's.
+    """
+
+    folder: Path
+    student: bool
+    name: str = ""
 
 
 def judge(
-    target: Path, tree: Mapping[str, Any], where: str, teacher: str | None, student: bool, out: Path
-) -> list[dict[str, Any]]:
-    """Judge a pipeline folder, and the teacher beside it, and write ``results.json`` and ``report.html`` to ``out``.
+    targets: Sequence[Target],
+    decoded: EvalConfig,
+    where: str,
+    teacher: str | None,
+    out: Path,
+) -> list[runner.Row]:
+    """Judge pipeline folders, and the teacher beside them, and write results and report to ``out``.
 
-    teacher: path or None. student: whether ``target`` is a student's pipeline or itself a teacher's.
+    If it is cut off, the same call goes on where it stopped. teacher: path or None. Raises ValueError if two targets
+    have one name, or their images are of several sizes.
     """
-    decoded = settings(tree, where)
-    for path in [p for p in (teacher, str(target)) if p]:
-        check_pipeline(path)
-    teaching = teacher if student else str(target)
-    subjects = teachers(teaching, decoded) if teaching else []
-    if student:
-        subjects += students(target, decoded)
-    rows = measure(subjects, decoded, where, image_size(target), out)
-    report.write_report(out)
+    folders = [*([Path(teacher)] if teacher else []), *(target.folder for target in targets)]
+    for folder in folders:
+        check_pipeline(str(folder))
+    sizes = {folder: image_size(folder) for folder in folders}
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{folder} {width}x{height}" for folder, (height, width) in sizes.items())
+        raise ValueError(f"pipelines that make images of several sizes do not compare ({told}); judge them one by one")
+    subjects = teachers(teacher, decoded) if teacher else []
+    for target in targets:
+        of = students if target.student else teachers
+        subjects += of(target.folder, decoded, target.name)
+    state = _state(subjects, decoded)
+    known = report.read_results(out / "results.json") if _read(out / STATE) == {"of": state} else []
+    if parallel.rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / STATE, json.dumps({"of": state}) + "\n")
+    rows = measure(subjects, decoded, where, sizes[folders[0]], out, [dict(row) for row in known])
+    if parallel.rank() == 0:
+        report.write_report(out)
+        (out / STATE).unlink()
     return rows
 
 
-def teachers(path: str, decoded: EvalConfig) -> list[Subject]:
-    """The teacher's pipeline at each of ``eval.teacher_steps``."""
+def _state(subjects: Sequence[Subject], decoded: EvalConfig) -> str:
+    """What an evaluation's rows depend on."""
+    told = [[s.name, s.role, str(s.pipeline), s.steps, s.guidance_scale] for s in subjects]
+    folders = sorted({str(s.pipeline) for s in subjects})
+    return runner.digest(json.dumps([told, config.encode(decoded), [files_digest(Path(f)) for f in folders]]))
+
+
+def _read(path: Path) -> Any:
+    """What a JSON file holds; None if there is none, or it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def files_digest(folder: Path) -> str:
+    """SHA-256 over the names and bytes of a folder's files."""
+    found = hashlib.sha256()
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        found.update(f"{file.relative_to(folder).as_posix()} {file.stat().st_size}\n".encode())
+        found.update(file.read_bytes())
+    return found.hexdigest()
+
+
+def said(metrics: str | None, reference: str | None) -> dict[str, Any]:
+    """What a command line says of an ``eval:`` section. Raises ValueError on a reference that is none."""
+    import yaml
+
+    tree: dict[str, Any] = {}
+    if metrics is not None:
+        tree["metrics"] = [name.strip() for name in metrics.split(",") if name.strip()]
+    if reference is None:
+        return tree
+    if reference.endswith(".npz"):
+        return tree | {"statistics": reference}
+    if Path(reference).is_dir():
+        return tree | {"reference": {"source": "images", "path": reference}}
+    try:
+        given = yaml.safe_load(reference)
+    except yaml.YAMLError:
+        given = None
+    if isinstance(given, str) and given in registry.names("source"):
+        given = {"source": given}
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"{reference}: no reference; give a folder of images, an .npz, the name of a data source "
+            f"({', '.join(registry.names('source'))}), or one in braces with its options"
+        )
+    return tree | {"reference": given}
+
+
+def statistics(
+    given: str, out: Path, space: Features, given_weights: Mapping[str, str], side: int, rows: bool, batch_size: int
+) -> dict[str, Any]:
+    """Write the statistics of a source's images, scaled to ``side`` pixels, to ``out``; what was written.
+
+    Raises ValueError on what is no source, or without the weights.
+    """
+    from accelerate import PartialState
+
+    tree = said(None, given).get("reference")
+    if tree is None:
+        raise ValueError(f"{given}: holds statistics already; give a source of images")
+    where = "the command line"
+    decoded = located(settings({"reference": tree, "features": space, "weights": dict(given_weights)}, where))
+    context = Context(weights=decoded.weights, features=space, device=PartialState().device)
+    source = reference(decoded, (side, side), where)
+    return stats.make(source, features.extractor(context), out, batch_size, rows)
+
+
+def targets(places: Mapping[str, Path], runs: Mapping[str, str], taught: bool) -> list[Target]:
+    """Pipelines to judge, named by their methods, or by their folders where several have one.
+
+    places: by what they were called. runs: of those that are runs, the method. taught: whether a teacher is given,
+    without which a pipeline that says nothing of itself is one.
+    """
+    found = []
+    for text, place in places.items():
+        folder = place / "pipeline" if text in runs else place
+        card = read_card(folder)
+        student = runs.get(text, card.get("method", "student" if taught else "pretrain")) != "pretrain"
+        found.append(Target(folder, student, str(card.get("method", "student")) if student else ""))
+    names = [target.name for target in found]
     return [
-        Subject(f"teacher, {report.counted(n)}", "teacher", path, n, decoded.teacher_guidance)
+        replace(target, name=place.resolve().name) if names.count(target.name) > 1 else target
+        for target, place in zip(found, places.values(), strict=True)
+    ]
+
+
+def teachers(path: str | Path, decoded: EvalConfig, name: str = "") -> list[Subject]:
+    """The teacher's pipeline at each of ``eval.teacher_steps``. name: for its rows; empty: teacher."""
+    return [
+        Subject(f"{name or 'teacher'}, {report.counted(n)}", "teacher", str(path), n, decoded.teacher_guidance)
         for n in decoded.teacher_steps
     ]
 
@@ -141,25 +283,23 @@ def measure(
     from accelerate import PartialState
 
     source = reference(decoded, size, where)
-    clip = recipes.locate(decoded.clip) if decoded.clip else None
-    return runner.evaluate(
-        subjects,
-        replace(decoded, clip=clip),
-        source,
-        device=PartialState().device,
-        candidates=source.candidates,
-        concept=source.concept,
-        out=out,
-        known=known,
-    )
+    geneval = _opened(decoded.geneval, size, where, "eval.geneval") if decoded.geneval else None
+    device = PartialState().device
+    return runner.evaluate(subjects, located(decoded), source, geneval=geneval, device=device, out=out, known=known)
 
 
 def image_size(folder: Path) -> tuple[int, int]:
-    """(height, width) in pixels that a pipeline makes by default."""
+    """(height, width) in pixels that a pipeline makes by default: as its card says, its network, or its family."""
+    card = read_card(folder)
+    if card.get("height") and card.get("width"):
+        return card["height"], card["width"]
     with opening(folder):
         pipeline = from_pretrained(folder, dtype=torch.float32)
     network = pipeline.components.get("unet") or pipeline.components["transformer"]
-    side: int | Sequence[int] = network.config.sample_size
+    side: int | Sequence[int] | None = network.config.get("sample_size")
+    if side is None:
+        family: Family = family_of(str(folder)).load(str(folder), torch.device("cpu"), None, 1.0, None, None)
+        return family.image_size
     height, width = (side, side) if isinstance(side, int) else side
     vae, factor = pipeline.components.get("vae"), vars(pipeline).get("vae_scale_factor")
     if factor is None:  # in pixel space, and DiTPipeline

@@ -9,18 +9,16 @@ from typing import Any
 
 import torch
 
-from fastgen import config
+from fastgen import config, registry
 from fastgen.card import Results, Value
 from fastgen.export import Opened
 from fastgen.recipe import DTYPES
 
-from . import judge, report, runner
+from . import columns, judge, report, runner
 from .features import fingerprint
 
 log = logging.getLogger("fastgen")
 
-_MEASURED_BY = {"retrieval": "clip_score", "seconds_per_image": "latency", "network_evaluations": "latency"}
-"""Values whose metric has another name; the keys of all others are their metrics'."""
 _OF_ROW = ("num_images", "seed", "seeds", "prompts", "dtype", "device", "weights", "commit")
 """What of a row's protocol each of its values depends on."""
 
@@ -54,20 +52,30 @@ def judged(run: Path, opened: Opened) -> Results | None:
 
 def values(row: Mapping[str, Any]) -> Iterator[Value]:
     """All that was measured of one subject."""
-    titles = {column.key: column.title for column in report.COLUMNS}
+    titles = {column.key: column.title for column in columns.columns([row])}
     protocol = row["protocol"]
+    measured = {value: name for name in protocol.get("metrics", {}) for value in values_of(name)}
     common = {"steps": row["steps"], "guidance_scale": row["guidance_scale"]}
     common |= {name: protocol.get(name) for name in _OF_ROW}
     for key, value in row.items():
-        if key in common or isinstance(value, bool) or not isinstance(value, int | float):
+        if key in common or key == "intervals" or isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        metric = protocol.get("metrics", {}).get(_MEASURED_BY.get(key, key), {})
+        metric = protocol.get("metrics", {}).get(measured.get(key, key), {})
         by = metric.get("extractor", "")
         title = titles.get(key, key) + (f" ({by})" if by and by != "InceptionV3" else "")
         its_own = {"extractor": metric.get("extractor"), "extractor_sha256": metric.get("sha256")}
         reference = metric.get("reference", {})
         its_own |= {"reference_images": reference.get("num_images"), "reference_sha256": reference.get("sha256")}
         yield Value(key, title, value, common | its_own)
+
+
+def values_of(metric: str) -> tuple[str, ...]:
+    """The values of a metric by name; of one that is not installed here the one of its own name."""
+    try:
+        found: tuple[str, ...] = registry.find("metric", metric).ABOUT.values
+    except ValueError:
+        return (metric,)
+    return found
 
 
 def dataset(run: Path, protocol: Mapping[str, Any]) -> tuple[str, str]:

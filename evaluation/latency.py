@@ -14,7 +14,22 @@ from torch import Tensor
 
 from fastgen import calls
 
-from .context import Context
+from .context import About, Context, Extractor, Seen
+
+ABOUT = About(
+    "Latency",
+    ("call",),
+    (
+        "seconds_per_image",
+        "seconds_min",
+        "seconds_max",
+        "seconds_to_first_image",
+        "images_per_second",
+        "network_evaluations",
+        "peak_memory_mib",
+    ),
+    "low",
+)
 
 WARMUP = 1
 """Calls between the first, which is timed as such, and the timed ones."""
@@ -28,7 +43,8 @@ def measure(
 
     Returns:
         seconds_to_first_image: of the very first call, with whatever is set up or compiled in it; then, after
-        ``warmup`` calls, seconds_per_image, the median of ``repeats`` calls, with seconds_min and seconds_max;
+        ``warmup`` calls, seconds_per_image, the median of ``repeats`` calls, with seconds_min and seconds_max, and
+        images_per_second, one divided by it;
         network_evaluations: rows the denoising network saw per image, so that guidance by a doubled batch counts
         twice; peak_memory_mib: on CUDA what torch allocated, on Linux otherwise the resident memory of the whole
         process, elsewhere left out.
@@ -40,7 +56,7 @@ def measure(
         for i in range(1 + warmup + repeats):
             generator, prompt = torch.Generator().manual_seed(i), calls.prompted(pipeline, prompts[i % len(prompts)])
             began = time.perf_counter()
-            _ = pipeline(**prompt, generator=generator, **arguments).images[0]
+            _ = pipeline(**prompt, generator=generator, **arguments)[0]
             seconds.append(time.perf_counter() - began)
     timed = seconds[1 + warmup :]
     return {
@@ -48,6 +64,7 @@ def measure(
         "seconds_min": min(timed),
         "seconds_max": max(timed),
         "seconds_to_first_image": seconds[0],
+        "images_per_second": 1 / statistics.median(timed),
         "network_evaluations": sum(rows) / len(seconds),
         **peak,
     }
@@ -95,28 +112,24 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
 
 
 class Metric:
-    """Times the context's call, on the prompts seen; without one it has no value. It reads no image."""
+    """Times the context's call on its prompts; without one it has no value. It reads no image."""
+
+    extractors: Sequence[Extractor] = ()
 
     def __init__(self, context: Context) -> None:
         """context.call: what is timed."""
         self._call = context.call
-        self._prompts: dict[str, None] = {}
 
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """Nothing that could be summed: each process times its own device."""
-        return {}
-
-    def update(self, images: Tensor, prompts: Sequence[str]) -> None:
-        """Take note of the prompts."""
-        self._prompts |= dict.fromkeys(prompts)
-
-    def compute(self) -> dict[str, float]:
-        """What ``measure`` gives."""
+    def compute(self, seen: Seen) -> dict[str, float]:
+        """What ``measure`` gives: under several processes each times its own device, and the main one's is written."""
         if self._call is None:
             return {}
         call = self._call
-        return measure(call.pipeline, list(self._prompts), call.arguments, repeats=call.repeats)
+        return measure(call.pipeline, list(dict.fromkeys(seen.prompts)), call.arguments, repeats=call.repeats)
+
+    def per_image(self, seen: Seen) -> dict[str, Tensor]:
+        """Nothing: it is no matter of single images."""
+        return {}
 
     def protocol(self) -> dict[str, Any]:
         """How it was timed."""

@@ -47,7 +47,10 @@ TOLD = (
     "curve",
 )
 """What a row says of a training, None of the teacher and of real images."""
-UNMEASURED = ("every", "num_images_training", "teacher_steps", "student_steps", "comparison")
+UNMEASURED = (
+    *("every", "num_images_training", "teacher_steps", "student_steps", "comparison"),
+    *("bootstrap", "keep_images"),
+)
 """Options of ``eval:`` that change no row."""
 
 
@@ -154,7 +157,7 @@ class Comparison:
         check_pipeline(teacher)
         self.config, self.places, self._where = first.judged_by, places, str(first.path)
         measured = {k: v for k, v in configs.encode(self.config).items() if k not in UNMEASURED}
-        text = json.dumps([measured, files_digest(Path(teacher))], sort_keys=True)
+        text = json.dumps([measured, judge.files_digest(Path(teacher))], sort_keys=True)
         self._settings = hashlib.sha256(text.encode()).hexdigest()
         self._size = judge.image_size(Path(teacher))
         there = report.read_results(places.results)
@@ -165,7 +168,7 @@ class Comparison:
 
     def add(self, subjects: Sequence[Subject], pipeline: Path, about: Mapping[str, Any]) -> None:
         """Measure those of a config's subjects, all of one pipeline folder, that have not been. about: ``TOLD``."""
-        files, names = files_digest(pipeline), {subject.name for subject in subjects}
+        files, names = judge.files_digest(pipeline), {subject.name for subject in subjects}
 
         def stays(row: Row) -> bool:
             if row["config"] != about["config"]:
@@ -252,15 +255,6 @@ def told(entry: Entry) -> dict[str, Any]:
         # those that fell on a logged step
         "curve": [{k: row[k] for k in CURVE if k in row} for row in rows if {"fid", "train_seconds"} <= row.keys()],
     }
-
-
-def files_digest(folder: Path) -> str:
-    """SHA-256 over the names and bytes of a folder's files."""
-    found = hashlib.sha256()
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        found.update(f"{file.relative_to(folder).as_posix()} {file.stat().st_size}\n".encode())
-        found.update(file.read_bytes())
-    return found.hexdigest()
 
 
 def _training(recipe: Recipe) -> dict[str, Any]:

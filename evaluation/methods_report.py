@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from . import report
+from . import protocol, report
 from .chart import chart_file
 from .report import Column, Row
 
@@ -38,7 +38,11 @@ of a column is bold, real images and the teacher's most steps aside."""
 
 
 def tables(rows: Sequence[Row], chart: str) -> str:
-    """All of it in Markdown: quality by steps, the same budgets, cost. chart: the link to it, or empty."""
+    """All of it in Markdown: quality by steps, the same budgets, cost. chart: the link to it, or empty.
+
+    Raises ValueError if the rows were not all measured in one way.
+    """
+    rows = protocol.joined(rows)
     students = [row for row in rows if row["role"] == "student"]
     alike = {(by, row[by]) for row in students if (by := compared_by(row))}
     # those of few steps first

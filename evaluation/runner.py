@@ -9,27 +9,27 @@ import logging
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from fastgen import calls, parallel, registry
 from fastgen.checkpoint import write_text
-from fastgen.data import Source
+from fastgen.data import Item, Source
 from fastgen.export import from_pretrained, read_card
 from fastgen.recipe import DTYPES
-from fastgen.rng import seed_of
 
+from . import per_image, stats
 from .config import EvalConfig
-from .context import Call, Context, MetricLike, same
+from .context import Call, Context, Judges, MetricLike, Reference, Seen
 from .features import fingerprint
+from .images import Made, arguments, opened, write_png
+from .seen import Images, Real, intervals, real_images, see
 
 log = logging.getLogger("fastgen")
 
@@ -51,6 +51,7 @@ class Subject:
         pipeline: folder, Hub id, or a loaded Diffusers pipeline.
         steps: of each call; None: what ``fastgen.json`` in the folder says, else the pipeline's own default.
         guidance_scale: likewise.
+        call: further arguments of the call; what ``fastgen.json`` says is added.
     """
 
     name: str
@@ -58,6 +59,26 @@ class Subject:
     pipeline: Any
     steps: int | None = None
     guidance_scale: float | None = None
+    call: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """What every subject is called with, and the metrics that see what it makes.
+
+    Attributes:
+        name: of the set; empty: the reference's.
+        source: of the prompts.
+        prompts: [N].
+        metrics: by name.
+        context: for them, but for the subject's own.
+    """
+
+    name: str
+    source: Source
+    prompts: Sequence[str]
+    metrics: Sequence[str]
+    context: Context
 
 
 def evaluate(
@@ -65,11 +86,9 @@ def evaluate(
     config: EvalConfig,
     reference: Source,
     *,
+    geneval: Source | None = None,
     device: torch.device | str = "cpu",
-    candidates: Sequence[str] = (),
-    concept: Callable[[str], str] = same,
     out: Path | None = None,
-    keep: Path | None = None,
     known: Sequence[Row] = (),
 ) -> list[Row]:
     """Judge every subject on the prompts of the reference's first ``num_images`` items, and real images beside them.
@@ -78,18 +97,16 @@ def evaluate(
 
     Args:
         subjects: with distinct names.
-        config: of the evaluation; its ``reference`` is not read here.
+        config: of the evaluation; its ``reference`` and ``geneval`` are not read here.
         reference: gives the prompts and, where it has them, the real images.
+        geneval: prompts of the metrics that need GenEval's records, all of them; None: the reference's own.
         device: of pipelines and features.
-        candidates: captions among which retrieval chooses.
-        concept: prompt -> the candidate it stands for.
-        out: folder for ``results.json``, written anew after each row, and ``comparison/``.
-        keep: folder for all images as PNG; those found there are not made again.
+        out: folder for ``results.json``, written anew after each row, ``per_image/``, ``comparison/`` and ``images/``.
         known: rows of this very evaluation: what they are of is not judged again.
 
     Returns:
-        The known rows, then new ones with name, role, steps, guidance_scale, ``VALUES``, further values, protocol;
-        real images first.
+        The known rows, then new ones with name, role, steps, guidance_scale, ``VALUES``, further values, intervals,
+        protocol; real images first.
 
     Raises:
         ValueError: on anything that cannot be measured, before any image is made where that can be known.
@@ -97,19 +114,9 @@ def evaluate(
     folders = [slug(s.name) for s in subjects]
     for folder in {f for f in folders if folders.count(f) > 1 or f == slug(DATA)}:
         raise ValueError(f"subjects must have distinct names; {folder!r} is taken twice")
-    count = config.num_images
-    prompts = [reference.item(i).prompt for i in range(count)]
-    has_second_draw = reference.has_images and len(reference) >= 2 * count
-    context = Context(
-        config.clip,
-        config.inception,
-        Real(reference, range(min(count, len(reference))), config.batch_size) if reference.has_images else None,
-        candidates,
-        concept,
-        device,
-        prompts=prompts,
-    )
-    metrics(config.metrics, context)  # what cannot be measured is known now
+    sets = prompt_sets(config, reference, geneval, device)
+    for one in sets:
+        metrics(one.metrics, one.context)  # what cannot be measured is known now
     rows, judged = list(known), {row["name"] for row in known}
 
     def add(row: Row) -> None:
@@ -121,39 +128,72 @@ def evaluate(
             write_text(out / "results.json", json.dumps(rows, indent=1) + "\n")
 
     if reference.has_images and DATA not in judged:
-        start = count if has_second_draw else 0
-        add(_real_row(reference, config, context, start, with_fid=has_second_draw))
-
-        def real(i: int) -> Tensor | None:  # every process could make it, so one does
-            return _real(reference, range(i, i + 1))[0] if parallel.rank() == 0 else None
-
-        _compare(out, DATA, "data", config, prompts, real)
+        add(_real_row(sets[0], config, out))
     loaded: tuple[Any, Any] = (None, None)
     for subject in [s for s in subjects if s.name not in judged]:
         if loaded[0] is None or loaded[0] != subject.pipeline:
             loaded = (subject.pipeline, open_pipeline(subject.pipeline, DTYPES[config.dtype], device))
-        add(_subject_row(resolved(subject, loaded[1]), loaded[1], config, context, prompts, out, keep))
+        add(_subject_row(resolved(subject, loaded[1]), loaded[1], config, sets, out))
     parallel.barrier()  # what the main process writes is there for all
     return rows
 
 
-def measure_images(
-    batches: Iterable[tuple[Tensor, Sequence[str]]], context: Context, names: Sequence[str]
-) -> dict[str, float]:
-    """The values of the metrics on (uint8 [B, 3, H, W], prompts) batches of this process; the latency has none.
+def prompt_sets(
+    config: EvalConfig, reference: Source, geneval: Source | None, device: torch.device | str, alone: bool = False
+) -> list[Prompts]:
+    """The reference's prompts with their metrics, and those of ``geneval`` with theirs."""
+    special = [name for name in config.metrics if geneval and "records" in registry.find("metric", name).ABOUT.needs]
 
-    The context must be the same object each time, or its reference will be gone through again.
-    """
-    used = metrics(names, context)
-    for images, prompts in batches:
-        for metric in used.values():
-            metric.update(images, prompts)
-    return {name: value for metric in used.values() for name, value in metric.compute().items()}
+    def one(name: str, source: Source, number: int, chosen: Sequence[str]) -> Prompts:
+        items = [source.item(i) for i in range(number)]
+        real: Reference | None = None
+        if not name and config.statistics:
+            real = stats.load(Path(config.statistics))
+        elif not name and source.has_images:
+            real = Real(source, range(min(config.num_images, len(source))), config.batch_size, alone)
+        context = Context(
+            weights=config.weights,
+            features=config.features,
+            reference=real,
+            candidates=source.candidates,
+            concept=source.concept,
+            device=device,
+            prompts=[item.prompt for item in items],
+            metadata=records(items),
+        )
+        return Prompts(name, source, context.prompts, chosen, context)
+
+    sets = [one("", reference, config.num_images, [name for name in config.metrics if name not in special])]
+    return sets + ([one("geneval", geneval, len(geneval), special)] if geneval and special else [])
+
+
+def records(items: Iterable[Item]) -> dict[str, Mapping[str, Any]]:
+    """GenEval's record by prompt, of those that have one."""
+    return {item.prompt: item.metadata for item in items if item.metadata is not None}
+
+
+def measure(seen: Seen, used: Mapping[str, MetricLike]) -> dict[str, float]:
+    """The values of these metrics on rows that hold what their extractors saw."""
+    return {name: value for metric in used.values() for name, value in metric.compute(seen).items()}
+
+
+def measure_images(images: Images, context: Context, names: Sequence[str], batch_size: int) -> dict[str, float]:
+    """The values of the metrics on images of the context's prompts that this process alone sees."""
+    used = metrics(names, replace(context, images=lambda i: images([i])[0]))
+    return measure(see(images, context.prompts, _extractors(used), batch_size, alone=True), used)
 
 
 def metrics(names: Sequence[str], context: Context) -> dict[str, MetricLike]:
     """The metrics of these names, made. Raises ValueError for an unknown one or one that lacks what it needs."""
-    return {name: registry.find("metric", name).Metric(context) for name in names}
+    modules = {name: registry.find("metric", name) for name in names}
+    for name, module in modules.items():  # before any weights are looked for
+        if "reference" in module.ABOUT.needs and context.reference is None:
+            raise ValueError(f"{name} needs real images; set eval.reference to a source that has them")
+    return {name: module.Metric(context) for name, module in modules.items()}
+
+
+def _extractors(used: Mapping[str, MetricLike]) -> list[Any]:
+    return [extractor for metric in used.values() for extractor in metric.extractors]
 
 
 def comes_twice(prompts: Sequence[str]) -> bool:
@@ -161,38 +201,14 @@ def comes_twice(prompts: Sequence[str]) -> bool:
     return len(set(prompts)) < len(prompts)
 
 
-def generate(
-    pipeline: Any,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    batch_size: int = 32,
-) -> Iterator[Tensor]:
-    """Batches of uint8 [B, 3, H, W], image i from prompts[i] and a CPU generator seeded with seeds[i].
-
-    So an image does not depend on the batch it is in, but for the rounding of the networks' arithmetic; and for
-    pipelines that draw noise between steps from torch's global generator (``Family.step_noise``), which is seeded for
-    each batch. Raises ValueError without prompts.
-    """
-    if not prompts:
-        raise ValueError("no prompts to make images from; give at least one")
-    if len(prompts) != len(seeds):
-        raise ValueError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}")
-    call = arguments(pipeline, steps, guidance_scale)
-    for start in range(0, len(prompts), batch_size):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
-        given = calls.prompted(pipeline, prompts[start : start + batch_size])
-        with torch.random.fork_rng():
-            torch.manual_seed(seeds[start])
-            made = pipeline(**given, generator=generators, **call).images
-        yield torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in made])).permute(0, 3, 1, 2)
-
-
-def arguments(pipeline: Any, steps: int | None, guidance_scale: float | None) -> dict[str, Any]:
-    """Keyword arguments of a pipeline's call; None leaves the pipeline its default. Some take no guidance scale."""
-    return calls.settled(pipeline, {"num_inference_steps": steps, "guidance_scale": guidance_scale})
+def measurable(names: Sequence[str], prompts: Sequence[str], left_out: Iterable[str] = ()) -> list[str]:
+    """The names without those left out, and without those that compare images of one prompt if none comes twice."""
+    return [
+        name
+        for name in names
+        if name not in left_out
+        and (comes_twice(prompts) or "prompt seeds" not in registry.find("metric", name).ABOUT.needs)
+    ]
 
 
 def open_pipeline(pipeline: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
@@ -225,7 +241,12 @@ def resolved(subject: Subject, pipeline: Any) -> Subject:
         return own if own is not None else card.get(name, defaults.get(name))
 
     guidance = first(subject.guidance_scale, "guidance_scale") if calls.takes(pipeline, "guidance_scale") else None
-    return replace(subject, steps=first(subject.steps, "num_inference_steps"), guidance_scale=guidance)
+    return replace(
+        subject,
+        steps=first(subject.steps, "num_inference_steps"),
+        guidance_scale=guidance,
+        call=card.get("call", {}) | dict(subject.call),
+    )
 
 
 def slug(name: str) -> str:
@@ -266,75 +287,130 @@ def commit() -> str | None:
     return f"{head}-dirty" if head and git("status", "--porcelain", "--untracked-files=no") else head
 
 
-@dataclass(frozen=True, eq=False)
-class Real:
-    """The real images of some of a source's items."""
+@dataclass(eq=False)
+class Found:
+    """What was measured of a subject: values, their intervals, protocols and what single images scored, by name."""
 
-    source: Source
-    indices: range
-    batch_size: int
+    values: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, list[float]] = field(default_factory=dict)
+    protocols: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
 
-    def __call__(self) -> Iterator[Tensor]:
-        """Batches of uint8 [B, 3, H, W]."""
-        for start in range(0, len(self.indices), self.batch_size):
-            yield _real(self.source, self.indices[start : start + self.batch_size])
+    def add(self, used: Mapping[str, MetricLike], seen: Seen, config: EvalConfig) -> None:
+        """What these metrics say of what was seen."""
+        for name, metric in used.items():
+            values = metric.compute(seen)
+            self.values |= values
+            if registry.find("metric", name).ABOUT.resampled:
+                self.intervals |= intervals(metric, seen, values, config.bootstrap, config.seed)
+            self.protocols[name] = metric.protocol()
+            self.scores |= metric.per_image(seen)
+
+    def join(self, other: Found) -> None:
+        """What was measured of the same subject on other prompts; its single images are others."""
+        self.values |= other.values
+        self.intervals |= other.intervals
+        self.protocols |= other.protocols
 
 
-def _real(source: Source, indices: range) -> Tensor:
-    found = [source.item(i).image for i in indices]
-    return torch.from_numpy(np.stack([image for image in found if image is not None])).permute(0, 3, 1, 2)
-
-
-def _real_row(source: Source, config: EvalConfig, context: Context, start: int, with_fid: bool) -> Row:
-    """Real images from item ``start``: another draw than the reference, whose distance is the floor, or the same."""
-    indices = range(start, start + min(config.num_images, len(source)))
-    prompts = [source.item(i).prompt for i in indices]
-    left_out = {"fid"} if not with_fid else set()
-    if not comes_twice(prompts):
-        left_out.add("diversity")
-    used = metrics([name for name in config.metrics if name not in left_out], replace(context, prompts=prompts))
-    for part in _shares(indices, config.batch_size):
-        images = _real(source, part)
-        for metric in used.values():
-            metric.update(images, [prompts[i - start] for i in part])
-    values, details = _reduced(used, context.device)
-    note = f"items {indices.start} to {indices.stop - 1} of the reference source"
-    if not with_fid:
-        note += "; no fid, because the source is too small for a second draw"
-    protocol = {"metrics": details, "num_images": len(indices), "images": note, **_common(context.device)}
-    return _row(DATA, "data", None, None, values, protocol)
+def _real_row(given: Prompts, config: EvalConfig, out: Path | None) -> Row:
+    """Real images of items after those of the reference: another draw, whose distance is the floor; or the same."""
+    source, count = given.source, config.num_images
+    second = len(source) >= 2 * count
+    start = count if second else 0
+    real = Real(source, range(start, start + min(count, len(source))), config.batch_size)
+    of_sets = {name for name in given.metrics if "reference" in registry.find("metric", name).ABOUT.needs}
+    names = measurable(given.metrics, real.prompts, set() if second else of_sets)
+    context = given.context.on(real.prompts, lambda i: real.images([i])[0])
+    used = metrics(
+        names, replace(context, metadata=records(map(source.item, range(start, start + len(real.prompts)))))
+    )
+    found = Found()
+    seen = see(real.images, real.prompts, _extractors(used), config.batch_size)
+    found.add(used, seen, config)
+    note = f"items {start} to {start + len(seen) - 1} of the reference source"
+    if of_sets and not second:
+        note += f"; no {', '.join(sorted(of_sets))}, because the source is too small for a second draw"
+    if out is not None and parallel.rank() == 0:
+        _leave_scores(out, "", DATA, {"prompts": digest("\n".join(real.prompts))}, found.scores)
+    # of the first draw, whose prompts the pipelines' pictures have
+    _leave_pictures(out, DATA, "data", config, given, lambda part: real_images(source, part))
+    protocol = {"num_images": len(seen), "images": note, **_common(given.context.device)}
+    return _row(DATA, "data", None, None, found, protocol)
 
 
 def _subject_row(
-    subject: Subject,
-    pipeline: Any,
-    config: EvalConfig,
-    context: Context,
-    prompts: Sequence[str],
-    out: Path | None,
-    keep: Path | None,
+    subject: Subject, pipeline: Any, config: EvalConfig, sets: Sequence[Prompts], out: Path | None
 ) -> Row:
-    settings = _settings(subject, pipeline, config, prompts)
-    folder = None if keep is None else _opened(keep / slug(subject.name), settings)
-    call = arguments(pipeline, subject.steps, subject.guidance_scale)
-    used = metrics(config.metrics, replace(context, call=Call(pipeline, call, config.repeats)))
-    shown: dict[int, Tensor] = {}
-    for part in _shares(range(len(prompts)), config.batch_size):
-        images = _images(subject, pipeline, config, prompts, part, folder)
-        for metric in used.values():
-            metric.update(images, [prompts[i] for i in part])
-        shown |= {i: image for i, image in zip(part, images, strict=True) if i < config.comparison}
-    _compare(out, subject.name, subject.role, config, prompts, shown.get)
-    values, details = _reduced(used, context.device)
-    protocol = {"metrics": details, "num_images": len(prompts), **settings, **_common(context.device)}
-    return _row(subject.name, subject.role, subject.steps, subject.guidance_scale, values, protocol)
+    call = {"steps": subject.steps, "guidance_scale": subject.guidance_scale, "call": subject.call}
+    timed = Call(
+        pipeline, arguments(pipeline, subject.steps, subject.guidance_scale) | dict(subject.call), config.repeats
+    )
+    found = Found()
+    protocol: dict[str, Any] = {}
+    for given in sets:
+        settings = _settings(subject, pipeline, config, given.prompts)
+        folder = None
+        if out is not None and config.keep_images:
+            folder = opened(out / "images" / Path(given.name) / slug(subject.name), settings)
+        made = Made(pipeline, given.prompts, config.seed, folder, batch_size=config.batch_size, **call)
+        used = metrics(given.metrics, given.context.on(given.prompts, made.one, timed))
+        wanted = _extractors(used)
+        seen = see(made, given.prompts, wanted, config.batch_size) if wanted else Seen(given.prompts, {})
+        one = Found()
+        one.add(used, seen, config)
+        found.join(one)
+        if out is not None and parallel.rank() == 0:
+            _leave_scores(out, given.name, subject.name, settings, one.scores)
+            _leave_lines(out, Path("images", given.name, slug(subject.name)), used, seen)
+        if given.name:
+            protocol["sets"] = {given.name: {"num_images": len(seen), "prompts": settings["prompts"]}}
+            continue
+        protocol |= {"num_images": len(seen), **settings, **_common(given.context.device)}
+        if wanted:
+            _leave_pictures(out, subject.name, subject.role, config, given, made)
+    return _row(subject.name, subject.role, subject.steps, subject.guidance_scale, found, protocol)
+
+
+def _leave_scores(out: Path, of: str, name: str, settings: Mapping[str, Any], scores: Mapping[str, Tensor]) -> None:
+    """Write what single images scored. of: the set of prompts."""
+    if scores:
+        kept = per_image.PerImage(name, settings["prompts"], settings.get("seed"), scores)
+        per_image.save(out / per_image.FOLDER / of / f"{slug(name)}.json", kept)
+
+
+def _leave_lines(out: Path, folder: Path, used: Mapping[str, MetricLike], seen: Seen) -> None:
+    """Write what is wrong with each image, beside where it is kept."""
+    for name, metric in used.items():
+        if isinstance(metric, Judges):
+            lines = metric.lines(seen, [(folder / f"{i:05d}.png").as_posix() for i in range(len(seen))])
+            (out / name).mkdir(parents=True, exist_ok=True)
+            write_text(out / name / f"{folder.name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _leave_pictures(
+    out: Path | None, name: str, role: str, config: EvalConfig, given: Prompts, images: Images
+) -> None:
+    """Write the first images for the report."""
+    if out is None or not config.comparison or parallel.rank() != 0:
+        return
+    chosen, folder = list(given.prompts[: config.comparison]), out / "comparison"
+    for i, image in enumerate(images(range(len(chosen)))):
+        write_png(image, folder / slug(name) / f"{i}.png")
+    listed = folder / "prompts.json"
+    known = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() and role != "data" else {}
+    entry = {"name": name, "role": role, "folder": slug(name)}
+    kept = known.get("subjects", []) if known.get("prompts") == chosen else []
+    others = [s for s in kept if s["folder"] != entry["folder"]]
+    write_text(listed, json.dumps({"prompts": chosen, "subjects": [*others, entry]}, indent=1) + "\n")
 
 
 def _row(
-    name: str, role: str, steps: int | None, guidance: float | None, values: dict[str, float], protocol: dict[str, Any]
+    name: str, role: str, steps: int | None, guidance: float | None, found: Found, protocol: dict[str, Any]
 ) -> Row:
     row: Row = {"name": name, "role": role, "steps": steps, "guidance_scale": guidance}
-    return row | {name: values.get(name) for name in VALUES} | values | {"protocol": protocol}
+    told = {"intervals": found.intervals, "protocol": {"metrics": found.protocols, **protocol}}
+    return row | {name: found.values.get(name) for name in VALUES} | found.values | told
 
 
 def _settings(subject: Subject, pipeline: Any, config: EvalConfig, prompts: Sequence[str]) -> dict[str, Any]:
@@ -350,6 +426,7 @@ def _settings(subject: Subject, pipeline: Any, config: EvalConfig, prompts: Sequ
         "scheduler_config": digest(json.dumps(noise, sort_keys=True, default=str)),
         "steps": subject.steps,
         "guidance_scale": subject.guidance_scale,
+        **({"call": dict(subject.call)} if subject.call else {}),
         "seed": config.seed,
         "seeds": f"image i: blake2b of ({config.seed}, i), a CPU generator each",
         "prompts": digest("\n".join(prompts)),
@@ -371,107 +448,3 @@ def _common(device: torch.device | str) -> dict[str, Any]:
         "versions": versions(),
         "commit": commit(),
     }
-
-
-def _shares(indices: range, batch_size: int) -> Iterator[range]:
-    """This process's batches of the indices."""
-    own = indices[parallel.rank() :: parallel.size()]
-    for start in range(0, len(own), batch_size):
-        yield own[start : start + batch_size]
-
-
-def _reduced(used: dict[str, MetricLike], device: torch.device | str) -> tuple[dict[str, float], dict[str, Any]]:
-    """Values and protocols over all processes."""
-    if parallel.size() > 1:
-        for metric in used.values():
-            for value in metric.state.values():
-                value.copy_(parallel.sum_over_processes(value.to(device)))
-    values = {name: value for metric in used.values() for name, value in metric.compute().items()}
-    return values, {name: metric.protocol() for name, metric in used.items()}
-
-
-def _images(
-    subject: Subject, pipeline: Any, config: EvalConfig, prompts: Sequence[str], part: range, folder: Path | None
-) -> Tensor:
-    """The images of ``part``, read from ``folder`` or made and left there: uint8 [B, 3, H, W]."""
-    files = {i: folder / f"{i:05d}.png" for i in part} if folder else {}
-    found = {i: read_png(file) for i, file in files.items() if file.is_file()}
-    missing = [i for i in part if i not in found]
-    if missing:
-        made = generate(
-            pipeline,
-            [prompts[i] for i in missing],
-            [seed_of(config.seed, i) for i in missing],
-            steps=subject.steps,
-            guidance_scale=subject.guidance_scale,
-            batch_size=config.batch_size,
-        )
-        for i, image in zip(missing, torch.cat(list(made)), strict=True):
-            found[i] = image
-            if folder:
-                write_png(image, files[i])
-    return torch.stack([found[i] for i in part])
-
-
-def _opened(folder: Path, settings: dict[str, Any]) -> Path:
-    """The folder of a subject's images. Raises ValueError if it holds those of other settings."""
-    path = folder / "settings.json"
-    if parallel.rank() == 0 and not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(settings, indent=1) + "\n")
-    parallel.barrier()
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{path}: not valid JSON; delete the folder to make its images again") from None
-    for name, value in settings.items():
-        if kept.get(name) != value:
-            raise ValueError(
-                f"{folder}: holds images made with {name} {kept.get(name)!r}, now it is {value!r}; "
-                "delete it or keep the images elsewhere"
-            )
-    return folder
-
-
-def read_png(file: Path) -> Tensor:
-    """uint8 [3, H, W]. Raises ValueError, naming the file, if it is damaged."""
-    try:
-        with Image.open(file) as opened:
-            pixels = np.asarray(opened.convert("RGB"))
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise ValueError(f"{file}: not a readable image ({error}); delete it to have it made again") from None
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-
-
-def write_png(image: Tensor, file: Path) -> None:
-    """image: uint8 [3, H, W] -> a file that appears whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(partial, "PNG")
-    partial.replace(file)
-
-
-def _compare(
-    out: Path | None,
-    name: str,
-    role: str,
-    config: EvalConfig,
-    prompts: Sequence[str],
-    image: Callable[[int], Tensor | None],
-) -> None:
-    """Leave the first images of a subject in ``out/comparison``, and what they are in ``prompts.json``."""
-    if out is None or not config.comparison:
-        return
-    chosen = list(prompts[: config.comparison])
-    folder = out / "comparison"
-    for i in range(len(chosen)):
-        made = image(i)
-        if made is not None:
-            write_png(made, folder / slug(name) / f"{i}.png")
-    if parallel.rank() == 0:
-        listed = folder / "prompts.json"
-        known = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() and role != "data" else {}
-        entry = {"name": name, "role": role, "folder": slug(name)}
-        kept = known.get("subjects", []) if known.get("prompts") == chosen else []
-        others = [s for s in kept if s["folder"] != entry["folder"]]
-        write_text(listed, json.dumps({"prompts": chosen, "subjects": [*others, entry]}, indent=1) + "\n")

@@ -282,59 +282,185 @@ def save_frames(frames: list[Any], stem: Path, fps: float) -> Path:
 
 @app.command()
 def evaluate(
-    target: Annotated[str, typer.Argument(help="A run folder, or a pipeline folder (then --config says how).")],
-    overrides: Overrides = None,
-    config: Annotated[
-        Path | None, typer.Option(help="A YAML with an eval: section; the run's own if not given.")
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            help="Run folders and pipeline folders, and changes to the eval: section, KEY=VALUE.",
+            metavar="RUN|PIPELINE|KEY=VALUE",
+        ),
+    ],
+    metrics: Annotated[
+        str | None, typer.Option(help="As `fastgen list metrics` names them, with commas between.")
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help="Judged beside it; the run's own teacher if not given.")] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of captioned images, .npz of statistics (`fastgen stats`), name of a data source, or one in "
+            "braces: '{source: hf, path: ...}'."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A YAML with an eval: section; the first run's own if not given.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Judged beside them; the first run's own teacher if not given.")
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="For results.json and report.html; the run folder if not given.")
+        Path | None, typer.Option(help="For results.json, report.md and report.html; the one run's if not given.")
     ] = None,
 ) -> None:
-    """Judge a pipeline and its teacher by the metrics of the eval: section; write results.json and report.html."""
+    """Judge pipelines and their teacher by the metrics of the eval: section; write results and a report."""
     from . import recipe as recipes
     from .config import override, read
-    from .evaluation.judge import judge
+    from .evaluation import judge as judging
+    from .evaluation.report import print_table
 
-    place = Path(recipes.locate(target))
-    is_run = (place / "config.yaml").is_file()
-    if not is_run and not (place / "model_index.json").is_file():
-        raise ValueError(f"{target}: neither a run folder (config.yaml) nor a pipeline folder (model_index.json)")
-    if config is None and not is_run:
+    changes = [text for text in targets if "=" in text]
+    places = {text: Path(recipes.locate(text)) for text in targets if "=" not in text}
+    runs = {}
+    for text, place in places.items():
+        if (place / "config.yaml").is_file():
+            runs[text] = recipes.decode(read(place / "config.yaml"), str(place / "config.yaml"))
+        elif not (place / "model_index.json").is_file():
+            raise ValueError(f"{text}: neither a run folder (config.yaml) nor a pipeline folder (model_index.json)")
+    if not places:
+        raise ValueError("nothing to judge; name a run folder or a pipeline folder")
+    first = next(iter(runs), None)
+    if config is None and first is None and (metrics is None or reference is None):
         raise ValueError(
-            f"{target}: a pipeline by itself says nothing of metrics; give --config with an eval: section"
+            f"{next(iter(places))}: a pipeline by itself says nothing of metrics; give --config with an eval: "
+            "section, or --metrics and --reference"
         )
-    where = find_config(config) if config else place / "config.yaml"
-    tree = override(read(where), [f"eval.{text}" for text in overrides or []])
-    student = True
-    if is_run:
-        kept = recipes.decode(read(place / "config.yaml"), str(place / "config.yaml"))
-        student = kept.method.name != "pretrain"
-        teacher = teacher or (kept.model.path if student else None)
-        folder = place / "pipeline"
-    else:
-        folder, student = place, teacher is not None or (place / "fastgen.json").is_file()
-    if out is None and target.startswith(recipes.ASSETS):
-        raise ValueError(f"{target}: lies in the package; give --out a folder for the results")
-    out = out or place
+    where = find_config(config) if config else places[first] / "config.yaml" if first else None
+    said = judging.said(metrics, reference)
+    tree = {"eval": {**(read(where).get("eval", {}) if where else {}), **said}}
+    tree = override(tree, [f"eval.{text}" for text in changes])
+    decoded = judging.settings(tree["eval"], str(where or "the command line"))
+    if teacher is None and first is not None and runs[first].method.name != "pretrain":
+        teacher = runs[first].model.path
+    if out is None and (len(places) > 1 or next(iter(places)).startswith(recipes.ASSETS)):
+        raise ValueError("several pipelines, and those in the package, have no folder for results; give --out")
+    chosen = judging.targets(places, {name: recipe.method.name for name, recipe in runs.items()}, teacher is not None)
     located = recipes.locate(teacher) if teacher else None
-    rows = judge(folder, tree.get("eval", {}), str(where), located, student, out)
+    folder = out or next(iter(places.values()))
+    rows = judging.judge(chosen, decoded, str(where or "the command line"), located, folder)
     if is_main():
-        from .evaluation.report import print_table
-
         print_table(rows)
-    say(f"{out / 'report.html'}")
+    say(f"{folder / 'report.html'}")
 
 
 @app.command()
-def report(
-    run: Annotated[Path, typer.Argument(help="A run folder with a results.json.")],
+def stats(
+    reference: Annotated[
+        str,
+        typer.Argument(help="Folder of images, name of a data source, or one in braces: '{source: hf, path: ...}'."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .npz; as --reference it stands for the images.")],
+    features: Annotated[
+        Literal["clean", "legacy_pytorch", "legacy_tensorflow", "clip"], typer.Option(help="As eval.features.")
+    ] = "clean",
+    weights: Annotated[
+        list[str] | None, typer.Option(help="NAME=PATH, as eval.weights: inception, inception_pytorch, clip.")
+    ] = None,
+    size: Annotated[int, typer.Option(min=1, help="Images are cut to a square and scaled to this side.")] = 256,
+    rows: Annotated[bool, typer.Option("--rows", help="Keep the features of each image too, for kid.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images seen at a time.")] = 32,
+) -> None:
+    """Compute the statistics of real images that FID is taken against, once, with their number and hash."""
+    from .evaluation import judge as judging
+
+    given = dict(text.partition("=")[::2] for text in weights or [])
+    made = judging.statistics(reference, out, features, given, size, rows, batch_size)
+    say(
+        f"{out} holds statistics of {made['number']} images by {made['features']}, sha256 of their pixels "
+        f"{made['sha256']}"
+    )
+
+
+geneval = typer.Typer(
+    help="GenEval in its official layout: images, verdicts, the published detector.", no_args_is_help=True
+)
+app.add_typer(geneval, name="geneval")
+
+
+@geneval.command()
+def images(
+    pipeline: Annotated[str, typer.Argument(help="A pipeline folder or Hub id.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder; images that are there are kept.")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="An evaluation_metadata.jsonl; the official 553 prompts if not given.")
+    ] = None,
+    num_images: Annotated[int, typer.Option("--num-images", "-n", min=1, help="Of each prompt.")] = 4,
+    per_tag: Annotated[int, typer.Option(min=0, help="Only so many prompts of each task; 0: all.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; a student knows its own.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="A student needs none.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Each image's noise depends on this and its number.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per call.")] = 4,
+    dtype: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Of the weights.")] = "fp32",
+) -> None:
+    """Make GenEval's images: OUT/00000/metadata.jsonl and OUT/00000/samples/0000.png and so on."""
+    from accelerate import PartialState
+
+    from .data import geneval as source
+    from .evaluation.geneval_images import make
+    from .evaluation.runner import Subject
+    from .recipe import locate
+
+    known = source.Prompts(source.Config(str(prompts or ""), num_images, per_tag))
+    subject = Subject(pipeline, "student", locate(pipeline), steps, guidance_scale)
+    device = str(PartialState().device)
+    made = make(subject, out, known, seed=seed, batch_size=batch_size, dtype=dtype, device=device)
+    say(f"{out} holds {len(known)} images, {made or 'none'} made now; `fastgen geneval judge {out}` judges them")
+
+
+@geneval.command()
+def judge(
+    folder: Annotated[Path, typer.Argument(help="Images in the official layout, whoever made them.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The results.jsonl; in FOLDER if not given.")] = None,
+    weights: Annotated[list[str] | None, typer.Option(help="NAME=PATH, as eval.weights: mask2former, clip.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of one size that are seen at a time.")] = 4,
+) -> None:
+    """Judge a folder as the official evaluator does; write results.jsonl and print its summary; goes on if cut off."""
+    from accelerate import PartialState
+
+    from .evaluation import geneval as judging
+    from .evaluation.context import Context
+    from .recipe import locate
+
+    given = {name: locate(path) for name, _, path in (text.partition("=") for text in weights or [])}
+    context = Context(weights=given, device=PartialState().device)
+    asks = judging.needs_colours(sample.record for sample in judging.read_folder(folder))
+    colours = judging.open_colours(context) if asks else None
+    target = out or folder / "results.jsonl"
+    lines = judging.judge_folder(folder, judging.open_detector(context), colours, target, batch_size=batch_size)
+    say(judging.told(lines))
+    say(f"{target}")
+
+
+@geneval.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="OpenMMLab's .pth, or its tensors as .safetensors.")],
+    folder: Annotated[Path, typer.Argument(help="To write; then --weights mask2former=FOLDER.")],
+) -> None:
+    """Turn the detector of GenEval's published scores into a folder that Transformers reads."""
+    from .evaluation.openmmlab import convert as turn
+
+    turn(checkpoint, folder)
+    say(f"{folder} holds the detector; `fastgen geneval judge --weights mask2former={folder}` uses it")
+
+
+report = typer.Typer(help="Pages and tables of what was measured, and comparisons of two of it.", no_args_is_help=True)
+app.add_typer(report, name="report")
+
+
+@report.command()
+def page(
+    run: Annotated[Path, typer.Argument(help="A folder with a results.json.")],
     into: Annotated[Path | None, typer.Option(help="A Markdown file that shall hold the table too.")] = None,
     name: Annotated[str, typer.Option(help="Its place in that file: <!-- NAME --> ... <!-- /NAME -->.")] = "results",
     picture: Annotated[Path | None, typer.Option(help="A PNG for the comparison of all subjects.")] = None,
 ) -> None:
-    """Write report.html anew from what a run folder holds, and the table and the pictures into documents."""
+    """Write the report anew from what a folder holds, and the table and the pictures into documents."""
     from .evaluation import report as reports
 
     rows = reports.read_results(run / "results.json")
@@ -349,6 +475,21 @@ def report(
     say(f"{written}")
 
 
+@report.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="FOLDER of results, FOLDER:ROW, or the name of a row in --out's.")],
+    b: Annotated[str, typer.Argument(help="Likewise.")],
+    out: Annotated[Path | None, typer.Option(help="The folder of rows that are given by name.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Rows for a machine.")] = False,
+) -> None:
+    """Say whether two pipelines differ, image by image: same prompts, same seeds."""
+    from .evaluation import compare as comparing
+
+    one, two = comparing.sides(a, b, out)
+    rows = comparing.compare(one, two)
+    typer.echo(json.dumps(rows, indent=1) if as_json else comparing.text(one, two, rows))
+
+
 Push = Annotated[
     str, typer.Option(metavar="REPO", help="Upload it to this repository of the Hub; the token is your login's.")
 ]
@@ -361,7 +502,7 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     out: Annotated[Path | None, typer.Option(help="Where to; the run's own pipeline/ if not given.")] = None,
     checkpoint: Annotated[
-        str | None, typer.Option(help="Which checkpoint, by its steps or its folder; the newest if not given.")
+        str | None, typer.Option(help="By its steps or its folder, or best (run.keep_best); the newest if not given.")
     ] = None,
     form: Annotated[
         Literal["pipeline", "component", "lora"],
@@ -381,8 +522,8 @@ def export(
     """Write a run's student for Diffusers, with a model card; it must first give what the trainer's sampler gives."""
     from functools import partial
 
+    from . import best, publish
     from . import checkpoint as checkpoints
-    from . import publish
     from . import recipe as recipes
     from .config import override, read
     from .evaluation.judged import judged
@@ -401,6 +542,8 @@ def export(
         raise ValueError(f"{run}: holds no checkpoint yet")
     by_steps = checkpoint is not None and checkpoint.isdecimal()
     named = run / f"checkpoint-{checkpoint}" if by_steps else Path(checkpoint or found[-1])
+    if checkpoint == "best":
+        named = best.find(run)[1]
     checkpoints.read_state(named)
     session = build(recipe)
     steps_done = checkpoints.load(named, session.engine, session.ema, goes_on=False)
@@ -410,6 +553,30 @@ def export(
     say(f"{folder} written from {named.name}")
     if push_to_hub and is_main():
         say(publish.push(folder, push_to_hub, private))
+
+
+@app.command()
+def join(
+    runs: Annotated[list[Path], typer.Argument(help="The run folders of all students, in any order.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pipeline.")],
+    save_dtype: Annotated[
+        Literal["fp32", "fp16", "bf16"] | None,
+        typer.Option("--dtype", help="Of the weights on disk; the config's if not given."),
+    ] = None,
+    license_: Licence = "",
+    push_to_hub: Push = "",
+    private: Private = False,
+) -> None:
+    """Make one pipeline of several students (student.route), which sends each prompt to the one that learnt it."""
+    from . import publish
+    from .join import join as run
+
+    if push_to_hub:
+        publish.check_repo(push_to_hub)
+    count = run(runs, out, save_dtype, publish.Wanted(licence=license_, repo=push_to_hub))
+    say(f"{out} holds {count} students")
+    if push_to_hub:
+        say(publish.push(out, push_to_hub, private))
 
 
 @app.command(name="extract-lora")
@@ -467,7 +634,7 @@ def list_(
             continue
         for name in registry.names(kinds[plural]):
             module = registry.find(kinds[plural], name)
-            about = {k: list(v) if k in ("needs", "steps") else v for k, v in about_of(module).items()}
+            about = {k: list(v) if k in ("needs", "steps", "values") else v for k, v in about_of(module).items()}
             rows.append({"kind": kinds[plural], "name": name, "summary": registry.summary(module), **about})
     if into:
         from .evaluation.report import place
@@ -725,7 +892,10 @@ def is_main() -> bool:
 
 
 def main() -> None:
-    """Run the command line: exit code 2 for bad input, 1 for what failed, no traceback unless --debug."""
+    """Run the command line: exit code 2 for bad input, 3 if ``health.stop`` ended a run, 1 for what else failed.
+
+    No traceback unless --debug.
+    """
     usage: Any = typer.BadParameter.__mro__[1]  # UsageError, of click or of the click within newer typers
     code: Any = 0
     try:
@@ -762,9 +932,12 @@ def explained(error: Exception) -> tuple[str, int]:
         return f"{error.filename or 'i/o'}: {error.strerror}" if error.strerror else str(error), 1
     from .engine import NonFiniteLoss
     from .export import ExportError
+    from .health import Unhealthy
 
     if isinstance(error, NonFiniteLoss | ExportError):
         return str(error), 1
+    if isinstance(error, Unhealthy):
+        return str(error), 3
     return f"{type(error).__name__}: {error}; `fastgen --debug ...` shows where", 1
 
 

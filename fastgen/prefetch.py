@@ -32,12 +32,14 @@ class Need:
         path: a file or a folder, or a Hub id where ``hub`` is not empty.
         remedy: what would do if it is not there.
         hub: "model" or "dataset", if it may come from the Hub.
+        weights: the name of an evaluation's weights, which have a source of their own.
     """
 
     key: str
     path: str
     remedy: str
     hub: str = ""
+    weights: str = ""
 
     @property
     def there(self) -> bool:
@@ -46,7 +48,9 @@ class Need:
 
     @property
     def downloads(self) -> bool:
-        """Whether it can only be a Hub id."""
+        """Whether it can only come from elsewhere."""
+        if self.weights:
+            return not self.there
         beside = Path(self.path).parent.is_dir()
         return bool(self.hub and HUB_ID.fullmatch(self.path)) and not self.there and not beside
 
@@ -86,16 +90,22 @@ def of_eval(tree: Mapping[str, Any], where: str) -> Iterator[Need]:
     if not tree:
         return
     judge: Any = importlib.import_module("fastgen.evaluation.judge")
-    features: Any = importlib.import_module("fastgen.evaluation.features")
+    weights: Any = importlib.import_module("fastgen.evaluation.weights")
     decoded = judge.settings(tree, where)
-    if decoded.clip:
-        yield Need("eval.clip", decoded.clip, "put a CLIPModel with its processor there, or name a Hub id", "model")
-    elif "fid" in decoded.metrics:
-        file = features.inception_place(decoded.inception)
-        yield Need("eval.inception", str(file), f"put {features.INCEPTION_URL} there, or set eval.clip")
-    yield from of_source(
-        "eval.reference", recipes.choose("source", "source", decoded.reference, where, "eval.reference")
-    )
+    for name in judge.wanted(decoded):
+        key, entry, given = f"eval.weights.{name}", weights.known(name), decoded.weights.get(name)
+        remedy = f"it comes from {entry.source}"
+        if given:
+            yield Need(key, given, remedy, "model" if entry.is_folder else "")
+            continue
+        try:
+            path = weights.find(name)
+        except ValueError:
+            path = weights.home() / entry.files[0]
+        yield Need(key, str(path), remedy, weights=name)
+    for key, given in (("eval.reference", decoded.reference), ("eval.geneval", decoded.geneval)):
+        if given:
+            yield from of_source(key, recipes.choose("source", "source", given, where, key))
 
 
 def fetch(need: Need) -> str:
@@ -104,6 +114,9 @@ def fetch(need: Need) -> str:
         if need.there:
             return need.path
         raise ValueError(f"{need.path}: {need.key} is not there; {need.remedy}")
+    if need.weights:
+        weights: Any = importlib.import_module("fastgen.evaluation.weights")
+        return str(weights.fetch(need.weights))
     hub: Any = importlib.import_module("huggingface_hub")
     offline = any(os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON") for name in OFFLINE)
     try:

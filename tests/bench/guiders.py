@@ -20,6 +20,7 @@ from fastgen.data import emoji
 from fastgen.evaluation import runner
 from fastgen.evaluation.context import Context
 from fastgen.evaluation.report import place
+from fastgen.evaluation.seen import Real
 from fastgen.export import load
 from fastgen.pipelines import guiders
 from fastgen.recipe import locate
@@ -78,6 +79,16 @@ def images(case: Case, prompts: Sequence[str]) -> tuple[Tensor, float]:
     return torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2), evaluations
 
 
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Images that are there: uint8 [N, 3, H, W]."""
+
+    pixels: Tensor
+
+    def __call__(self, part: Sequence[int]) -> Tensor:
+        return self.pixels[list(part)]
+
+
 def opened(path: str) -> Any:
     pipeline = load(locate(path))
     pipeline.set_progress_bar_config(disable=True)
@@ -99,19 +110,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompts = [train.item(i).prompt for i in range(FITTED_ON)]
     noise = torch.Generator().manual_seed(1)
     fitted = guiders.fit(teacher, prompts, SCALE, num_inference_steps=STEPS, generator=noise)
-    real = runner.Real(held_out, range(chosen.number), BATCH)
-    context = Context(locate("assets:emoji/clip"), None, real, held_out.candidates, held_out.concept, "cpu")
     prompts = [held_out.item(i).prompt for i in range(chosen.number)]
+    context = Context(
+        weights={"clip": locate("assets:emoji/clip")},
+        features="clip",
+        reference=Real(held_out, range(chosen.number), BATCH),
+        candidates=held_out.candidates,
+        concept=held_out.concept,
+        prompts=prompts,
+    )
     columns = ["", "Evaluations", "FID ↓", "CLIP score ↑", "Retrieval ↑", "Pixels off guidance (of 255)"]
     lines: list[list[str]] = []
     first: Tensor | None = None
     for case in cases(teacher, *students, fitted):
         pixels, evaluations = images(case, prompts)
         first = pixels if first is None else first
-        batches = zip(
-            pixels.split(BATCH), [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)], strict=True
-        )
-        found = runner.measure_images(batches, context, ["fid", "clip_score"])
+        found = runner.measure_images(Pictures(pixels), context, ["fid", "clip_score"], BATCH)
         off = f"{(pixels.float() - first.float()).abs().mean():.1f}" if case.pipeline is teacher else ""
         score, share = found["clip_score"], found["retrieval"]
         lines.append([case.name, f"{evaluations:.3g}", f"{found['fid']:.1f}", f"{score:.1f}", f"{share:.0%}", off])

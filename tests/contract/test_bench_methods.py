@@ -27,7 +27,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = command.world(tmp_path_factory.mktemp("world"))
     section = {
         "metrics": ["fid", "clip_score", "diversity", "latency"],
-        "clip": str(command.clip(folder / "clip")),
+        "features": "clip",
+        "weights": {"clip": str(command.clip(folder / "clip"))},
         "reference": {"source": "images", "path": str(folder / "images")},
         "num_images": 8,
         "batch_size": 4,

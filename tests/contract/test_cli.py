@@ -29,6 +29,7 @@ import fastgen as package
 from fastgen import checkpoint, cli, config, recipe, registry, tracking
 from fastgen import train as training
 from fastgen.config import ConfigError, merge
+from fastgen.evaluation import runner
 from fastgen.rng import Noise
 from tests import command
 from tests.command import Result, done, fastgen
@@ -347,7 +348,8 @@ def judged(run: Path, world: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("judged")
     section = {
         "metrics": ["fid", "clip_score", "latency"],
-        "clip": str(command.clip(folder / "clip")),
+        "features": "clip",
+        "weights": {"clip": str(command.clip(folder / "clip"))},
         "reference": {"source": "images", "path": str(world / "images")},
         "num_images": 6,
         "batch_size": 3,
@@ -391,6 +393,7 @@ def test_evaluate_judges_a_run_beside_its_teacher(judged: tuple[Path, Result]) -
     assert not re.search(r"""(src|href)=["']https?:""", report), "one self-contained file"
     assert "dmd2, 1 step" in result.out
     assert result.out.splitlines()[-1] == str(out / "report.html")
+    assert not (out / "evaluation.json").exists(), "it is whole"
 
 
 def test_evaluate_judges_a_pipeline_by_a_config(judged: tuple[Path, Result], world: Path, tmp_path: Path) -> None:
@@ -406,11 +409,90 @@ def test_evaluate_judges_a_pipeline_by_a_config(judged: tuple[Path, Result], wor
     assert not (world / "teacher" / "results.json").exists()
 
 
+def test_evaluate_names_metrics_and_reference_and_judges_several(
+    judged: tuple[Path, Result], world: Path, tmp_path: Path
+) -> None:
+    """Two pipelines of one method are named by their folders; no config is needed."""
+    student = shutil.copytree(judged[0] / "pipeline", tmp_path / "again")
+    clip = f"weights={{clip: {judged[0].parent / 'clip'}}}"
+    words = ["--metrics", "clip_score,fid", "--reference", world / "images", clip, "features=clip", "num_images=2"]
+    done("evaluate", judged[0] / "pipeline", student, *words, "--out", tmp_path / "both")
+    results = json.loads((tmp_path / "both" / "results.json").read_text())
+    assert [row["name"] for row in results] == ["real images", "pipeline, 1 step", "again, 1 step"]
+    assert results[1]["fid"] == results[2]["fid"]
+    one_line(fastgen("evaluate", student, judged[0], *words), "have no folder for results; give --out")
+
+
+def test_statistics_stand_for_the_reference_s_images(judged: tuple[Path, Result], world: Path, tmp_path: Path) -> None:
+    clip, folder = judged[0].parent / "clip", tmp_path / "out"
+    file = tmp_path / "real.npz"
+    said = done(
+        "stats", world / "images", "-o", file, "--features", "clip", "--weights", f"clip={clip}", "--size", "16"
+    )
+    assert re.match(rf"{file} holds statistics of \d+ images by clip-\w+, sha256 of their pixels \w+\n", said.out)
+    words = ["--config", judged[0].parent / "eval.yaml", "num_images=4", "metrics=[fid]", "--out", folder]
+    number = int(said.out.split(" images")[0].split()[-1])
+    done("evaluate", judged[0] / "pipeline", *words, "--reference", file)
+    row = json.loads((folder / "results.json").read_text())[-1]
+    assert row["protocol"]["metrics"]["fid"]["reference"]["num_images"] == number
+    shutil.rmtree(folder)
+    done("evaluate", judged[0] / "pipeline", *words, f"num_images={number}")
+    again = json.loads((folder / "results.json").read_text())[-1]
+    assert again["protocol"]["metrics"]["fid"]["reference"]["num_images"] == number
+    one_line(fastgen("stats", file, "-o", tmp_path / "x.npz"), "holds statistics already; give a source of images")
+    one_line(fastgen("stats", "nowhere", "-o", file), "nowhere: no reference; give a folder of images, an .npz")
+
+
+def test_an_evaluation_that_was_cut_off_goes_on(
+    judged: tuple[Path, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--config", judged[0].parent / "eval.yaml", "metrics=[clip_score]", "num_images=2", "--out", tmp_path]
+    pipeline = judged[0] / "pipeline"
+    whole = runner._subject_row
+
+    def cut(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "_subject_row", cut)
+        assert fastgen("evaluate", pipeline, *words).code == 130
+    assert (tmp_path / "evaluation.json").is_file()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [row["name"] for row in results] == ["real images"]
+    monkeypatch.setattr(runner, "_real_row", None)
+    done("evaluate", pipeline, *words)
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 2
+    assert runner._subject_row is whole
+
+
+def test_geneval_s_images_are_made_in_its_layout_and_none_twice(run: Path, tmp_path: Path) -> None:
+    words = ["geneval", "images", run / "pipeline", "-o", tmp_path, "--per-tag", "1", "-n", "2"]
+    assert "holds 12 images, 12 made now" in done(*words).out
+    files = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.png"))
+    assert files[:3] == ["00000/samples/0000.png", "00000/samples/0001.png", "00001/samples/0000.png"]
+    assert len(files) == 12
+    assert json.loads((tmp_path / "00005" / "metadata.jsonl").read_text())["tag"] == "color_attr"
+    before = (tmp_path / files[3]).read_bytes()
+    (tmp_path / files[3]).unlink()
+    assert "holds 12 images, 1 made now" in done(*words).out
+    assert (tmp_path / files[3]).read_bytes() == before
+    assert "none made now" in done(*words).out
+
+
+def test_report_compares_two_rows_image_by_image(judged: tuple[Path, Result]) -> None:
+    out = judged[0]
+    told = done("report", "compare", f"{out}:teacher, 2 steps", f"{out}:dmd2, 1 step").out
+    assert "clip_score" in told or "CLIP score" in told
+    listed = json.loads(done("report", "compare", "teacher, 1 step", "dmd2, 1 step", "--out", out, "--json").out)
+    assert {row["value"] for row in listed} >= {"clip_score", "retrieval"}
+    one_line(fastgen("report", "compare", f"{out}:none", f"{out}:dmd2, 1 step"), "none")
+
+
 def test_report_writes_the_html_anew(judged: tuple[Path, Result]) -> None:
     out = judged[0]
     before = (out / "report.html").read_text()
     (out / "report.html").unlink()
-    done("report", out)
+    done("report", "page", out)
     assert len((out / "report.html").read_text()) == len(before)
 
 
@@ -443,7 +525,11 @@ def test_list_names_all_kinds_for_people_and_machines() -> None:
     listed = json.loads(done("list", "--json").out)
     assert {row["kind"] for row in listed} == {"method", "family", "metric", "source", "config"}
     said = {"kind", "name", "summary"}
-    more = {"method": {"paper", "arxiv", "needs", "steps"}, "family": {"pipelines", "kinds", "schedulers", "lora"}}
+    more = {
+        "method": {"paper", "arxiv", "needs", "steps"},
+        "family": {"pipelines", "kinds", "schedulers", "lora"},
+        "metric": {"title", "needs", "values", "better", "resampled"},
+    }
     for row in listed:
         assert set(row) == said | more.get(row["kind"], set())
         assert row["summary"]
@@ -488,6 +574,19 @@ def test_a_listed_config_may_be_given_by_its_name() -> None:
         for given in (name, f"configs/{name}.yaml", f"{name}.yaml"):
             assert cli.find_config(Path(given)).is_file()
     assert cli.find_config(Path("emoji/nothing")) == Path("emoji/nothing")
+
+
+def test_doctor_finds_lpips_s_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from fastgen import doctor, lpips
+
+    monkeypatch.setenv("FASTGEN_WEIGHTS_DIR", str(tmp_path))
+
+    def said() -> tuple[bool, str]:
+        return next((row["ok"], row["found"]) for row in doctor.findings() if row["what"] == "LPIPS's weights")
+
+    assert said() == (False, f"{tmp_path / lpips.FILE} is missing; `python -m fastgen.lpips` writes it")
+    (tmp_path / lpips.FILE).touch()
+    assert said() == (True, str(tmp_path / lpips.FILE))
 
 
 def test_doctor_says_what_this_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -870,11 +969,11 @@ OTHER: dict[str, tuple[Callable[[Path, Path], list[Any]], str]] = {
     ),
     "evaluate, into the package": (
         lambda r, f: ["evaluate", "assets:emoji/teacher", "--config", "emoji/eval"],
-        r"assets:emoji/teacher: lies in the package; give --out a folder",
+        r"those in the package, have no folder for results; give --out",
     ),
     "evaluate, a pipeline alone": (
         lambda r, f: ["evaluate", r / "pipeline"],
-        r"a pipeline by itself says nothing of metrics; give --config",
+        r"a pipeline by itself says nothing of metrics; give --config .* or --metrics and --reference",
     ),
     "evaluate, no eval section": (lambda r, f: ["evaluate", r], r"eval.reference is missing; name a data source"),
     "evaluate, unknown key": (
@@ -890,19 +989,48 @@ OTHER: dict[str, tuple[Callable[[Path, Path], list[Any]], str]] = {
         r"none: no such pipeline folder",
     ),
     "evaluate, no such clip": (
-        lambda r, f: ["evaluate", r, *by_images(r), "metrics=[clip_score]", f"clip={f / 'none'}", f"--out={f}"],
-        r"none: no such CLIP folder; set eval.clip",
+        lambda r, f: [
+            "evaluate",
+            r,
+            *by_images(r),
+            "metrics=[clip_score]",
+            f"weights={{clip: {f / 'none'}}}",
+            f"--out={f}",
+        ],
+        r"clip_score needs a CLIP; .*none: no such folder; weights of clip come from https://",
     ),
+    "evaluate, unknown weights": (
+        lambda r, f: ["evaluate", r, *by_images(r), "weights={clpi: x}"],
+        r"eval.weights: unknown weights 'clpi'; did you mean 'clip'\?",
+    ),
+    "evaluate, no reference": (
+        lambda r, f: ["evaluate", r, "--reference", "emojis"],
+        r"emojis: no reference; give a folder of images, an .npz, the name of a data source \(",
+    ),
+    "evaluate, a cache": (
+        lambda r, f: ["evaluate", r, f"reference={{source: cached, path: {f}, of: {{source: emoji}}}}"],
+        r"eval.reference: a cache has latents and no pictures; name the source that it was made of",
+    ),
+    "evaluate, nothing at all": (lambda r, f: ["evaluate", "num_images=3"], r"nothing to judge; name a run folder"),
     "evaluate, prompts only": (
         lambda r, f: ["evaluate", r, *by_images(r), *by_prompts(r), "metrics=[fid]"],
         r"fid needs real images; set eval.reference to a source that has them",
+    ),
+    "geneval judge, nothing there": (lambda r, f: ["geneval", "judge", f], r"no images of GenEval's layout"),
+    "geneval images, no such prompts": (
+        lambda r, f: ["geneval", "images", r / "pipeline", "-o", f, "--prompts", f / "none.jsonl"],
+        r"none.jsonl",
+    ),
+    "geneval convert, nothing there": (
+        lambda r, f: ["geneval", "convert", f / "none.pth", f / "out"],
+        r"none.pth",
     ),
     "export, nothing there": (lambda r, f: ["export", f], r"not a run folder \(no config.yaml\)"),
     "export, no such checkpoint": (
         lambda r, f: ["export", r, "--checkpoint", f / "checkpoint-1"],
         r"checkpoint-1: no such checkpoint",
     ),
-    "report, nothing there": (lambda r, f: ["report", f], r"holds neither results.json nor metrics.jsonl"),
+    "report, nothing there": (lambda r, f: ["report", "page", f], r"holds neither results.json nor metrics.jsonl"),
 }
 
 

@@ -36,6 +36,10 @@ RECIPES = [name for name, path in ALL.items() if kind(config.read(path)) == "rec
 ON_PAIRS = [name for name in RECIPES if config.read(ALL[name])["data"]["source"] == "pairs"]
 
 
+OURS = ("emoji/", "scenes/")
+"""Folders of the emoji world's configs; the others are of real models."""
+
+
 def test_there_are_configs() -> None:
     assert {"emoji/clip.yaml", "emoji/vae.yaml", "emoji/eval.yaml"} <= set(ALL)
     assert {"emoji/teacher.yaml", "emoji/dmd2.yaml", "emoji/demo.yaml"} <= set(RECIPES)
@@ -66,7 +70,7 @@ def test_it_decodes(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_what_ships_with_the_package_is_there(name: str) -> None:
     tree = config.read(ALL[name])
-    paths = [tree.get("model", {}).get("path", ""), tree.get("eval", {}).get("clip") or ""]
+    paths = [tree.get("model", {}).get("path", ""), *tree.get("eval", {}).get("weights", {}).values()]
     for path in paths:
         if path.startswith(recipe.ASSETS):
             assert Path(recipe.locate(path)).is_dir(), f"{path} is missing"
@@ -114,7 +118,7 @@ def tiny(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> Recipe:
     """The recipe on tiny networks of the same family and on data that are there."""
     decoded = recipe.decode(config.read(ALL[name]), name)
     model, data = decoded.model, decoded.data
-    if name.startswith("emoji/"):
+    if name.startswith(OURS):
         path = request.getfixturevalue("teacher")
         if data.name == "pairs":
             folder = request.getfixturevalue("made")[f"{data.options.made_by}.yaml"]
@@ -148,7 +152,7 @@ def test_it_builds_and_each_phase_takes_a_step(name: str, tiny: Recipe) -> None:
         assert tiny.student.init in {f"{config.read(ALL[other])['run']['out']}/pipeline" for other in RECIPES}
         tiny = replace(tiny, student=replace(tiny.student, init=""))
     session = build(tiny)
-    if name.startswith("emoji/"):
+    if name.startswith(OURS):
         assert session.family.image_size == (32, 32)
     logs = {name: value for phase in session.method.phases for name, value in session.engine.turn(phase, 0).items()}
     assert {name.split("/")[0] for name in logs} == {phase.name for phase in session.method.phases}
@@ -156,7 +160,7 @@ def test_it_builds_and_each_phase_takes_a_step(name: str, tiny: Recipe) -> None:
     assert bool(session.ema) == (tiny.run.ema > 0)
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("emoji/")])
+@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith(OURS)])
 def test_a_recipe_of_a_real_model_says_what_it_needs_and_that_it_was_not_run(name: str) -> None:
     text, decoded = ALL[name].read_text(encoding="utf-8"), recipe.decode(config.read(ALL[name]), name)
     assert "# Not yet run." in text

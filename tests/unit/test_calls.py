@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgen import calls, export
-from fastgen.evaluation import latency, runner
+from fastgen.evaluation import images, latency, runner
 from fastgen.evaluation.judge import image_size
 from fastgen.evaluation.runner import Subject
 from fastgen.pipelines import ddpm, dit
@@ -98,14 +98,14 @@ def test_evaluation_calls_them(name: str) -> None:
     network.eval()  # as it comes from disk
 
     def made(prompts: list[str], seeds: list[int]) -> Tensor:
-        return torch.cat(list(runner.generate(pipeline, prompts, seeds, steps=2, guidance_scale=3.0, batch_size=2)))
+        return torch.cat(list(images.generate(pipeline, prompts, seeds, steps=2, guidance_scale=3.0, batch_size=2)))
 
-    images = made(["3", "7", "3"], [0, 1, 2])
-    assert images.shape[:2] == (3, 3)
-    assert (images[1:2].int() - made(["7"], [1]).int()).abs().max() <= 1
+    found = made(["3", "7", "3"], [0, 1, 2])
+    assert found.shape[:2] == (3, 3)
+    assert (found[1:2].int() - made(["7"], [1]).int()).abs().max() <= 1
     subject = runner.resolved(Subject("teacher", "teacher", pipeline, 2, 3.0), pipeline)
     assert subject.guidance_scale == (3.0 if name == "dit" else None)
-    arguments = runner.arguments(pipeline, subject.steps, 3.0)
+    arguments = images.arguments(pipeline, subject.steps, 3.0)
     values = latency.measure(pipeline, ["3", "7"], arguments, repeats=1)
     assert values["network_evaluations"] == (4 if name == "dit" else 2)
 
@@ -146,14 +146,14 @@ def test_generate_takes_labels_for_prompts(students: Path, tmp_path: Path) -> No
     """And the noise between the steps is that of the seed, though DiTPipeline hands no generator on."""
     for place in ("one", "two"):
         done("generate", students / "dit", "-p", "goldfish", "-p", "1", "-p", "7", "-o", tmp_path / place)
-    images = {file.name: runner.read_png(file) for file in sorted((tmp_path / "one").iterdir())}
-    assert list(images) == ["0000_00.png", "0001_00.png", "0002_00.png"]
-    assert torch.equal(images["0000_00.png"], images["0001_00.png"])
-    assert not torch.equal(images["0000_00.png"], images["0002_00.png"])
-    for name, image in images.items():
-        assert torch.equal(runner.read_png(tmp_path / "two" / name), image)
+    found = {file.name: images.read_png(file) for file in sorted((tmp_path / "one").iterdir())}
+    assert list(found) == ["0000_00.png", "0001_00.png", "0002_00.png"]
+    assert torch.equal(found["0000_00.png"], found["0001_00.png"])
+    assert not torch.equal(found["0000_00.png"], found["0002_00.png"])
+    for name, image in found.items():
+        assert torch.equal(images.read_png(tmp_path / "two" / name), image)
     done("generate", students / "ddpm", "-p", "whatever", "-o", tmp_path / "ddpm")
-    assert runner.read_png(tmp_path / "ddpm" / "0000_00.png").shape == (3, 8, 16)
+    assert images.read_png(tmp_path / "ddpm" / "0000_00.png").shape == (3, 8, 16)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
-"""Metrics against closed forms, images that do not depend on the batch, runs that are cut off and resumed."""
+"""Images that do not depend on the batch, rows of results, evaluations that are cut off and go on."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
+from torch import nn
 
-from fastgen import config, registry
+from fastgen import config
 from fastgen.config import ConfigError
 from fastgen.data import Item
-from fastgen.evaluation import clip_score, features, fid, latency, runner
+from fastgen.evaluation import images, latency, per_image, runner
 from fastgen.evaluation.config import EvalConfig
-from fastgen.evaluation.context import Call, Context, merge
-from fastgen.evaluation.runner import Subject, evaluate, generate, measure_images
+from fastgen.evaluation.context import Call, Context, Seen
+from fastgen.evaluation.images import generate
+from fastgen.evaluation.runner import Subject, evaluate
 from fastgen.rng import seed_of
 
 CONCEPTS = ("a red apple", "a dog", "a blue heart", "a banana")
@@ -33,13 +32,16 @@ def concept(prompt):
 class Shapes:
     """A source of small coloured noise images, one per index; some captions name a style."""
 
-    has_images = True
+    candidates = CONCEPTS
 
     def __init__(self, size=64, has_images=True):
         self.size, self.has_images, self.drawn = size, has_images, 0
 
     def __len__(self):
         return self.size
+
+    def concept(self, prompt):
+        return concept(prompt)
 
     def item(self, index):
         self.drawn += 1
@@ -113,184 +115,6 @@ def pipeline(pipeline_folder):
     return runner.open_pipeline(pipeline_folder, torch.float32, "cpu")
 
 
-class Pixels:
-    """Features that are the pixels themselves."""
-
-    def __init__(self, num_features):
-        self.num_features = num_features
-
-    def images(self, images):
-        return images.flatten(1).float()
-
-    def protocol(self):
-        return {"extractor": "pixels"}
-
-
-@pytest.fixture
-def pixels(monkeypatch):
-    """Let fid see pixels; gives the function that makes its context."""
-
-    def context(real: Tensor) -> Context:
-        eyes = Pixels(real[0].numel())
-        monkeypatch.setattr(features, "extractor", lambda _: eyes)
-        return Context(reference=lambda: real.split(5))
-
-    return context
-
-
-def fid_of(metric, images):
-    metric.update(images, [""] * len(images))
-    return metric.compute()["fid"]
-
-
-def cross(mean, *axes):
-    """Points mean +- axis for each axis: mean exact, covariance 2 sum(axis axis^T) / (2 n - 1)."""
-    mean = torch.tensor(mean)
-    points = torch.stack([mean + sign * torch.tensor(axis) for axis in axes for sign in (1, -1)])
-    return points.to(torch.uint8)[:, :, None, None]
-
-
-# FID
-
-
-def test_fid_of_gaussians_with_diagonal_covariances(pixels):
-    real = cross([100, 50, 20], [10, 0, 0], [0, 4, 0], [0, 0, 2])
-    made = cross([103, 50, 16], [20, 0, 0], [0, 6, 0], [0, 0, 8])
-    std = (2 / 5) ** 0.5
-    want = 3**2 + 4**2 + std**2 * (10**2 + 2**2 + 6**2)
-    assert fid_of(fid.Metric(pixels(real)), made) == pytest.approx(want, rel=1e-9)
-
-
-def test_fid_of_gaussians_whose_covariances_do_not_commute(pixels):
-    real, made = cross([100, 100, 0], [9, 3, 0], [1, -4, 0]), cross([100, 101, 0], [2, 7, 0], [5, -1, 0])
-    a, b = (torch.cov(x[:, :2, 0, 0].double().T) for x in (real, made))
-    root = (torch.trace(a @ b) + 2 * (a.det() * b.det()).sqrt()).sqrt()  # tr sqrt(M) of a 2 x 2 matrix
-    assert not torch.allclose(a @ b, b @ a)
-    want = 1 + a.trace() + b.trace() - 2 * root
-    assert fid_of(fid.Metric(pixels(real)), made) == pytest.approx(float(want), rel=1e-6)
-
-
-def test_fid_is_exact_with_fewer_images_than_features(pixels):
-    generator = torch.Generator().manual_seed(0)
-    real, made = (torch.randint(0, 256, (n, 3, 8, 8), generator=generator, dtype=torch.uint8) for n in (5, 7))
-    x, y = (v.flatten(1).double() for v in (real, made))
-    xc, yc = ((v - v.mean(0)) / (len(v) - 1) ** 0.5 for v in (x, y))
-    # tr sqrt(Xc^T Xc Yc^T Yc) is the nuclear norm of Xc Yc^T
-    want = (x.mean(0) - y.mean(0)).square().sum() + xc.square().sum() + yc.square().sum()
-    want -= 2 * torch.linalg.svdvals(xc @ yc.T).sum()
-    assert fid_of(fid.Metric(pixels(real)), made) == pytest.approx(float(want), rel=1e-6)
-
-
-def test_fid_of_images_to_themselves_is_zero(pixels):
-    real = torch.randint(0, 256, (5, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    assert fid_of(fid.Metric(pixels(real)), real) < 1e-2  # of a trace near 3e5
-    real = cross([100, 50, 20], [10, 0, 0], [0, 4, 0], [0, 0, 2])
-    assert fid_of(fid.Metric(pixels(real)), real) < 1e-9
-
-
-def test_reference_is_gone_through_once(clip_folder):
-    source = Shapes(8)
-    reference = runner.Real(source, range(8), 3)
-    context = Context(clip_folder, reference=reference)
-    first, again = fid.Metric(context), fid.Metric(replace(context, candidates=CONCEPTS))
-    assert source.drawn == 8
-    told = first.protocol()["reference"]
-    assert told == again.protocol()["reference"] == {"num_images": 8, "sha256": features.hash_images(reference())}
-
-
-# CLIP score and retrieval
-
-
-def reference_cosines(folder, images, prompts):
-    """Cosines by the CLIPModel's own forward pass: [B]."""
-    from transformers import CLIPModel, CLIPTokenizer
-
-    model = CLIPModel.from_pretrained(folder).eval()
-    tokens = CLIPTokenizer.from_pretrained(folder)(prompts, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        out = model(pixel_values=(images / 255 - 0.5) / 0.25, **tokens)
-    return cosine_similarity(out.image_embeds, out.text_embeds)
-
-
-def batch_of(n, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (n, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    return images, [Shapes().item(i).prompt for i in range(n)]
-
-
-def test_clip_score_is_the_mean_of_clamped_cosines(clip_folder):
-    images = torch.cat([batch_of(6)[0], torch.full((1, 3, 16, 16), 255, dtype=torch.uint8)])
-    prompts = [CONCEPTS[i] for i in (0, 1, 2, 3, 0, 2, 1)]
-    cosine = reference_cosines(clip_folder, images, prompts)
-    metric = clip_score.Metric(Context(clip_folder))
-    metric.update(images, prompts)
-    assert metric.compute()["clip_score"] == pytest.approx(100 * float(cosine.clamp(min=0).mean()), rel=1e-5)
-    assert metric.compute()["clip_score"] > 1
-
-
-def test_clip_score_clamps_each_score_before_the_mean(monkeypatch):
-    monkeypatch.setattr(features, "load_clip", lambda *_: FakeClip())
-    metric = clip_score.Metric(Context("x"))
-    images = torch.tensor([[138, 128, 0], [131, 132, 0], [28, 128, 0]], dtype=torch.uint8)[:, :, None, None]
-    metric.update(images, ["an apple"] * 3)  # cosines 1, 0.6 and -1
-    assert metric.compute() == {"clip_score": pytest.approx(100 * 1.6 / 3)}
-
-
-class FakeClip:
-    """Two axes: captions about apples and about dogs; an image's first two pixels are its embedding."""
-
-    def images(self, images):
-        return images[:, :2, 0, 0].float() - 128
-
-    def texts(self, texts):
-        return torch.tensor([[3.0, 0.0] if "apple" in text else [0.0, 0.5] for text in texts])
-
-    def protocol(self):
-        return {}
-
-
-def test_retrieval_asks_for_the_concept_of_the_prompt(monkeypatch):
-    monkeypatch.setattr(features, "load_clip", lambda *_: FakeClip())
-    metric = clip_score.Metric(Context("x", candidates=["an apple", "a dog"], concept=concept))
-    images = torch.tensor([[138, 129], [129, 138], [138, 129], [138, 129]], dtype=torch.uint8)
-    images = torch.cat([images, torch.zeros(4, 1, dtype=torch.uint8)], 1)[:, :, None, None]
-    metric.update(images, ["twemoji of an apple", "a dog", "noto of a dog", "an apple"])
-    assert metric.compute()["retrieval"] == 0.75  # the third shows an apple; lengths of embeddings do not count
-    assert "retrieval" not in measure_images([(images, ["a"] * 4)], Context("x"), ["clip_score"])
-
-
-@pytest.mark.parametrize("name", ["fid", "clip_score"])
-def test_any_split_order_or_merge_gives_the_same_number(clip_folder, name):
-    reference = runner.Real(Shapes(), range(20), 8)
-    context = Context(clip_folder, reference=reference, candidates=CONCEPTS, concept=concept)
-    images, prompts = batch_of(11)
-
-    def value(*parts):
-        whole = registry.find("metric", name).Metric(context)
-        for part in parts:
-            other = registry.find("metric", name).Metric(context)
-            for i in range(0, len(part), 4):
-                some = part[i : i + 4]
-                other.update(images[some], [prompts[j] for j in some])
-            merge(whole, other)
-        return whole.compute()
-
-    want = value(range(11))
-    order = torch.randperm(11, generator=torch.Generator().manual_seed(3)).tolist()
-    for parts in ([range(1), range(1, 11)], [order], [order[:5], order[5:]], [[i] for i in order]):
-        got = value(*map(list, parts))
-        assert got.keys() == want.keys()
-        for key in want:
-            assert got[key] == pytest.approx(want[key], rel=1e-5)
-    assert value(range(10)) != want
-
-
-def test_prompts_longer_than_the_clip_takes_are_cut(clip_folder):
-    images, _ = batch_of(1)
-    values = measure_images([(images, ["a dog " * 40])], Context(clip_folder), ["clip_score"])
-    assert 0 <= values["clip_score"] <= 100
-
-
 # Images
 
 
@@ -320,7 +144,7 @@ def test_images_depend_on_the_seed(pipeline):
 
 @pytest.mark.parametrize(("steps", "guidance", "evaluations"), [(1, 1.0, 1), (3, 1.0, 3), (1, 5.0, 2), (3, 5.0, 6)])
 def test_network_evaluations_count_rows(pipeline, steps, guidance, evaluations):
-    call = runner.arguments(pipeline, steps, guidance)
+    call = images.arguments(pipeline, steps, guidance)
     values = latency.measure(pipeline, ["a dog", "a banana"], call, repeats=3, warmup=1)
     assert values["network_evaluations"] == evaluations
     assert 0 < values["seconds_min"] <= values["seconds_per_image"] <= values["seconds_max"]
@@ -330,7 +154,7 @@ def test_network_evaluations_count_rows(pipeline, steps, guidance, evaluations):
 def test_latency_is_the_median_of_the_calls_after_warmup(pipeline, monkeypatch):
     ticks = iter([0, 50, 100, 120, 200, 203, 300, 301, 400, 402])  # first, warm-up, then 3, 1 and 2 seconds
     monkeypatch.setattr(latency.time, "perf_counter", lambda: next(ticks))
-    values = latency.measure(pipeline, ["a dog"], runner.arguments(pipeline, 1, 1.0), repeats=3, warmup=1)
+    values = latency.measure(pipeline, ["a dog"], images.arguments(pipeline, 1, 1.0), repeats=3, warmup=1)
     assert [values[k] for k in ("seconds_to_first_image", "seconds_per_image", "seconds_min", "seconds_max")] == [
         50,
         2,
@@ -340,9 +164,10 @@ def test_latency_is_the_median_of_the_calls_after_warmup(pipeline, monkeypatch):
 
 
 def test_latency_has_no_value_without_a_call(pipeline):
-    assert measure_images([batch_of(2)], Context(), ["latency"]) == {}
-    context = Context(call=Call(pipeline, runner.arguments(pipeline, 1, 1.0), repeats=1))
-    assert measure_images([batch_of(2)], context, ["latency"])["network_evaluations"] == 1
+    seen = Seen(["a dog"] * 2, {})
+    assert latency.Metric(Context()).compute(seen) == {}
+    timed = latency.Metric(Context(call=Call(pipeline, images.arguments(pipeline, 1, 1.0), repeats=1)))
+    assert timed.compute(seen)["network_evaluations"] == 1
 
 
 # The runner
@@ -350,7 +175,16 @@ def test_latency_has_no_value_without_a_call(pipeline):
 
 def settings(clip_folder, **changes):
     return EvalConfig(
-        **{"clip": clip_folder, "num_images": 6, "batch_size": 4, "comparison": 2, "repeats": 1} | changes
+        **{
+            "features": "clip",
+            "weights": {"clip": clip_folder},
+            "num_images": 6,
+            "batch_size": 4,
+            "comparison": 2,
+            "repeats": 1,
+            "bootstrap": 5,
+        }
+        | changes
     )
 
 
@@ -359,9 +193,7 @@ def test_rows_of_results(clip_folder, pipeline_folder, tmp_path):
     copy(pipeline_folder, student)
     (student / "fastgen.json").write_text('{"method": "dmd2", "num_inference_steps": 1, "guidance_scale": 1.0}')
     subjects = [Subject("teacher, 2 steps", "teacher", pipeline_folder, 2, 4.0), Subject("mine", "student", student)]
-    rows = evaluate(
-        subjects, settings(clip_folder), Shapes(), candidates=CONCEPTS, concept=concept, out=tmp_path / "run"
-    )
+    rows = evaluate(subjects, settings(clip_folder), Shapes(), out=tmp_path / "run")
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == rows
     assert [(r["name"], r["role"], r["steps"], r["guidance_scale"]) for r in rows] == [
         ("real images", "data", None, None),
@@ -374,13 +206,20 @@ def test_rows_of_results(clip_folder, pipeline_folder, tmp_path):
         assert row["fid"] > 0
         assert 0 <= row["retrieval"] <= 1
         told = row["protocol"]
-        assert told["num_images"] == told["metrics"]["fid"]["num_images"] == 6
+        assert told["num_images"] == 6
         assert told["metrics"]["fid"]["reference"]["num_images"] == 6
         assert len(told["metrics"]["clip_score"]["sha256"]) == 64
-        assert {"torch", "diffusers", "transformers", "torchmetrics"} <= told["versions"].keys()
+        low, high = row["intervals"]["clip_score"]
+        assert low < row["clip_score"] < high
+        assert "seconds_per_image" not in row["intervals"]
+        assert {"torch", "diffusers", "transformers"} <= told["versions"].keys()
     assert rows[1]["protocol"]["scheduler"] == "DDIMScheduler"
     assert rows[1]["seconds_per_image"] > 0
     assert rows[0]["seconds_per_image"] is None
+    scores = per_image.load(tmp_path / "run" / "per_image" / "mine.json")
+    assert scores.prompts == rows[2]["protocol"]["prompts"]
+    assert float(scores.values["clip_score"].mean()) == pytest.approx(rows[2]["clip_score"])
+    assert len(list((tmp_path / "run" / "images" / "mine").glob("*.png"))) == 6
     assert rows[1]["protocol"]["weights"] == rows[2]["protocol"]["weights"] != rows[0]["protocol"].get("weights")
     shown = json.loads((tmp_path / "run" / "comparison" / "prompts.json").read_text())
     assert shown["prompts"] == [Shapes().item(i).prompt for i in range(2)]
@@ -414,15 +253,15 @@ def test_prompts_alone_give_scores_and_no_real_row(clip_folder, pipeline):
     rows = evaluate([Subject("x", "teacher", pipeline, 1, 1.0)], config, Shapes(has_images=False))
     assert [row["role"] for row in rows] == ["teacher"]
     assert rows[0]["fid"] is None
-    with pytest.raises(ValueError, match=r"fid needs real images; set eval\.reference"):
+    with pytest.raises(ValueError, match=r"fid needs real images"):
         evaluate([], settings(clip_folder), Shapes(has_images=False))
 
 
 def test_a_cut_off_run_resumes_and_gives_the_same(clip_folder, pipeline, tmp_path, monkeypatch):
     subject = Subject("x", "teacher", pipeline, 1, 1.0)
-    config = settings(clip_folder, metrics=["fid", "clip_score"], batch_size=2)
+    config = settings(clip_folder, metrics=["fid", "clip_score"], batch_size=2, comparison=0)
     want = evaluate([subject], config, Shapes())[-1]
-    whole, made = runner.generate, []
+    whole, made = images.generate, []
 
     def cut(*args, **kwargs):
         if len(made) == 2:
@@ -430,42 +269,77 @@ def test_a_cut_off_run_resumes_and_gives_the_same(clip_folder, pipeline, tmp_pat
         made.append(args[1])
         return whole(*args, **kwargs)
 
-    monkeypatch.setattr(runner, "generate", cut)
+    monkeypatch.setattr(images, "generate", cut)
     with pytest.raises(KeyboardInterrupt):
-        evaluate([subject], config, Shapes(), keep=tmp_path)
-    files = sorted((tmp_path / "x").glob("*.png"))
+        evaluate([subject], config, Shapes(), out=tmp_path)
+    files = sorted((tmp_path / "images" / "x").glob("*.png"))
     assert [f.name for f in files] == [f"{i:05d}.png" for i in range(4)]
     files[1].unlink()
     made.clear()
-    got = evaluate([subject], config, Shapes(), keep=tmp_path)[-1]
+    got = evaluate([subject], config, Shapes(), out=tmp_path)[-1]
     assert sum(map(len, made)) == 3  # the one deleted and the two never made
     assert got["fid"] == pytest.approx(want["fid"], rel=1e-6)
     assert got["clip_score"] == pytest.approx(want["clip_score"], rel=1e-6)
-    monkeypatch.setattr(runner, "generate", None)
-    assert evaluate([subject], config, Shapes(), keep=tmp_path)[-1]["fid"] == pytest.approx(got["fid"], rel=1e-9)
+    monkeypatch.setattr(images, "generate", None)
+    assert evaluate([subject], config, Shapes(), out=tmp_path)[-1]["fid"] == pytest.approx(got["fid"], rel=1e-9)
 
 
-def test_kept_images_of_other_settings_or_damaged_ones_are_refused(clip_folder, pipeline, tmp_path):
+def test_kept_images_of_other_settings_are_made_anew(clip_folder, pipeline, tmp_path, caplog):
+    caplog.set_level("INFO", "fastgen")
     subject = Subject("x", "teacher", pipeline, 1, 1.0)
     config = settings(clip_folder, metrics=["clip_score"])
-    evaluate([subject], config, Shapes(), keep=tmp_path)
-    with pytest.raises(ValueError, match=r"x: holds images made with steps 1, now it is 2; delete it"):
-        evaluate([replace(subject, steps=2)], config, Shapes(), keep=tmp_path)
-    with pytest.raises(ValueError, match="made with seed 0, now it is 1"):
-        evaluate([subject], replace(config, seed=1), Shapes(), keep=tmp_path)
+    first = evaluate([subject], config, Shapes(), out=tmp_path)[-1]
     weight = pipeline.unet.conv_out.bias.data
     old = weight.clone()
-    weight += 1
-    with pytest.raises(ValueError, match="made with weights"):
-        evaluate([subject], config, Shapes(), keep=tmp_path)
+    for name, change in (
+        ("steps 1, now it is 2", lambda: ([replace(subject, steps=2)], config)),
+        ("seed 0, now it is 1", lambda: ([subject], replace(config, seed=1))),
+        ("weights ", lambda: (weight.add_(1), ([subject], config))[1]),
+    ):
+        evaluate([subject], config, Shapes(), out=tmp_path)
+        caplog.clear()
+        subjects, other = change()
+        assert evaluate(subjects, other, Shapes(), out=tmp_path)[-1]["clip_score"] != first["clip_score"]
+        assert f"its images were made with {name}" in caplog.text
     weight.copy_(old)
-    file = tmp_path / "x" / "00003.png"
+    assert evaluate([subject], config, Shapes(), out=tmp_path)[-1]["clip_score"] == first["clip_score"]
+    (tmp_path / "images" / "x" / "settings.json").write_text("{")
+    assert evaluate([subject], config, Shapes(), out=tmp_path)[-1]["clip_score"] == first["clip_score"]
+
+
+def test_a_damaged_kept_image_is_told(clip_folder, pipeline, tmp_path):
+    subject = Subject("x", "teacher", pipeline, 1, 1.0)
+    config = settings(clip_folder, metrics=["clip_score"])
+    evaluate([subject], config, Shapes(), out=tmp_path)
+    file = tmp_path / "images" / "x" / "00003.png"
     file.write_bytes(file.read_bytes()[:60])
     with pytest.raises(ValueError, match=r"00003\.png: not a readable image .*; delete it to have it made again"):
-        evaluate([subject], config, Shapes(), keep=tmp_path)
-    (tmp_path / "x" / "settings.json").write_text("{")
-    with pytest.raises(ValueError, match=r"settings\.json: not valid JSON; delete the folder"):
-        evaluate([subject], config, Shapes(), keep=tmp_path)
+        evaluate([subject], config, Shapes(), out=tmp_path)
+
+
+def test_images_need_not_be_kept(clip_folder, pipeline, tmp_path):
+    config = settings(clip_folder, metrics=["clip_score"], keep_images=False)
+    evaluate([Subject("x", "teacher", pipeline, 1, 1.0)], config, Shapes(), out=tmp_path)
+    assert not (tmp_path / "images").exists()
+    assert (tmp_path / "comparison" / "x" / "1.png").is_file()
+
+
+class Frames:
+    """A pipeline of videos: frame number i of 5 is grey i."""
+
+    def __init__(self):
+        self.scheduler, self.components, self.device = None, {}, torch.device("cpu")
+
+    def __call__(self, prompt, generator, output_type, **_):
+        from PIL import Image
+
+        return ([[Image.new("RGB", (4, 4), (i, i, i)) for i in range(5)] for _ in prompt],)
+
+
+def test_of_a_video_the_middle_frame_is_judged():
+    [made] = generate(Frames(), ["a", "b"], [1, 2])
+    assert made.shape == (2, 3, 4, 4)
+    assert (made == 2).all()
 
 
 def test_steps_come_from_the_subject_the_card_or_the_call(pipeline, tmp_path):
@@ -478,6 +352,18 @@ def test_steps_come_from_the_subject_the_card_or_the_call(pipeline, tmp_path):
     assert (own.steps, own.guidance_scale) == (4, 0.5)
 
 
+def test_what_the_card_says_of_the_call_is_given_to_it(clip_folder, pipeline_folder, tmp_path, monkeypatch):
+    copy(pipeline_folder, tmp_path / "student")
+    (tmp_path / "student" / "fastgen.json").write_text('{"num_inference_steps": 1, "call": {"eta": 0.5}}')
+    seen = []
+    whole = images.generate
+    monkeypatch.setattr(images, "generate", lambda *a, **k: seen.append(k["call"]) or whole(*a, **k))
+    rows = evaluate(
+        [Subject("x", "student", tmp_path / "student")], settings(clip_folder, metrics=["clip_score"]), Shapes()
+    )
+    assert seen[0] == rows[-1]["protocol"]["call"] == {"eta": 0.5}
+
+
 def test_commit_and_versions_are_told():
     assert runner.versions()["torch"].split("+")[0] == torch.__version__.split("+")[0]
     found = runner.commit()
@@ -485,36 +371,6 @@ def test_commit_and_versions_are_told():
 
 
 # Messages
-
-
-def test_missing_or_wrong_clip(tmp_path, clip_folder):
-    missing = tmp_path / "nowhere"
-    with pytest.raises(ValueError, match=r"nowhere: no such CLIP folder; set eval\.clip"):
-        fid.Metric(Context(str(missing), reference=lambda: []))
-    with pytest.raises(ValueError, match=r"not a CLIPModel with tokenizer and image processor \("):
-        clip_score.Metric(Context(str(tmp_path)))
-    with pytest.raises(ValueError, match="clip_score needs a CLIP"):
-        clip_score.Metric(Context())
-    with pytest.raises(ValueError, match="must be distinct"):
-        clip_score.Metric(Context(clip_folder, candidates=["a dog", "a dog"]))
-
-
-def test_prompt_without_candidate(clip_folder):
-    metric = clip_score.Metric(Context(clip_folder, candidates=CONCEPTS, concept=concept))
-    with pytest.raises(ValueError, match=r"'noto of a dogg' stands for 'a dogg', which is no candidate.*mean 'a dog'"):
-        metric.update(batch_of(1)[0], ["noto of a dogg"])
-
-
-def test_too_few_images(clip_folder):
-    context = Context(clip_folder, reference=runner.Real(Shapes(), range(4), 4))
-    metric = fid.Metric(context)
-    metric.update(*batch_of(1))
-    with pytest.raises(ValueError, match="fid needs at least 2 images, got 1"):
-        metric.compute()
-    with pytest.raises(ValueError, match="clip_score needs at least 1 image, got 0"):
-        clip_score.Metric(context).compute()
-    with pytest.raises(ValueError, match="needs at least 2 real images, the reference has 1"):
-        fid.Metric(replace(context, reference=runner.Real(Shapes(), range(1), 4)))
 
 
 def test_no_prompts_or_too_few_seeds(pipeline):
@@ -552,54 +408,6 @@ def test_pipeline_without_a_known_network():
 
     with pytest.raises(ValueError, match="Odd has none of unet, transformer"):
         latency.measure(Odd(), ["a"], {})
-
-
-def test_inception_weights(tmp_path, monkeypatch):
-    monkeypatch.setenv("FASTGEN_WEIGHTS_DIR", str(tmp_path / "weights"))
-    with pytest.raises(ValueError, match=r"weights/inception-2015-12-05\.pt: no InceptionV3 weights; put https://"):
-        fid.Metric(Context(reference=lambda: []))
-    with pytest.raises(ValueError, match=r"other\.pt: no InceptionV3 weights"):
-        features.inception_file(str(tmp_path / "other.pt"))
-    (tmp_path / "other.pt").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"reads InceptionV3 from a file named inception-2015-12-05\.pt; rename it"):
-        features.inception_file(str(tmp_path / "other.pt"))
-    (tmp_path / features.INCEPTION).write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"inception-2015-12-05\.pt: not readable \(.*fetch it again from https"):
-        fid.Metric(Context(inception=str(tmp_path), reference=lambda: []))
-
-
-class Averages(nn.Module):
-    """In place of InceptionV3: 2048 local averages of a mixture of the channels."""
-
-    def __init__(self):
-        super().__init__()
-        mixture = nn.Conv2d(3, 1, 1, bias=False)
-        mixture.weight.data.copy_(torch.tensor(MIXTURE).reshape(1, 3, 1, 1))
-        self.layers = nn.Sequential(mixture, nn.AdaptiveAvgPool2d((32, 64)), nn.Flatten(1))
-
-    def forward(self, x):
-        return self.layers(x)
-
-
-MIXTURE = (0.5, 0.3, 0.2)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
-def test_inception_sees_images_as_clean_fid_resizes_them(tmp_path):
-    from PIL import Image
-
-    file = tmp_path / features.INCEPTION
-    torch.jit.script(Averages()).save(str(file))
-    extractor = features.extractor(Context(inception=str(tmp_path)))
-    images, _ = batch_of(2)
-    want = torch.zeros(2, 2048)
-    for i, image in enumerate(images):
-        for weight, channel in zip(MIXTURE, image, strict=True):
-            resized = Image.fromarray(channel.numpy().astype(np.float32)).resize((299, 299), Image.Resampling.BICUBIC)
-            pixels = torch.from_numpy(np.asarray(resized).clip(0, 255)) / 128 - 1
-            want[i] += weight * nn.functional.adaptive_avg_pool2d(pixels[None], (32, 64)).flatten()
-    torch.testing.assert_close(extractor.images(images), want, atol=1e-5, rtol=0)
-    assert extractor.protocol()["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def test_config_is_checked():

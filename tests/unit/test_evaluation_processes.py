@@ -23,6 +23,10 @@ class Noise:
     """A source of 30 noise images."""
 
     has_images = True
+    candidates = ()
+
+    def concept(self, prompt):
+        return prompt
 
     def __len__(self):
         return 30
@@ -34,9 +38,9 @@ class Noise:
 class Pixels:
     """Features that are the pixels themselves."""
 
-    num_features = 48
+    key, num_features = "pixels", 48
 
-    def images(self, images):
+    def __call__(self, images, prompts):
         return images.flatten(1).float()
 
     def protocol(self):
@@ -59,23 +63,21 @@ class Painter:
         return self
 
     def __call__(self, prompt, generator, **_):
-        from types import SimpleNamespace
-
         from PIL import Image
 
         noise = [torch.randint(0, 256, (4, 4, 3), generator=g, dtype=torch.uint8) for g in generator]
-        return SimpleNamespace(images=[Image.fromarray(self.network(n).numpy()) for n in noise])
+        return ([Image.fromarray(self.network(n).numpy()) for n in noise],)
 
 
-def run(out, keep):
+def run(out):
     features.extractor = lambda _: Pixels()
-    config = EvalConfig(metrics=["fid"], num_images=13, batch_size=3, comparison=5)
-    return evaluate([Subject("painter", "teacher", Painter(), 1, 1.0)], config, Noise(), out=out, keep=keep)
+    config = EvalConfig(metrics=["fid"], num_images=13, batch_size=3, comparison=5, bootstrap=3)
+    return evaluate([Subject("painter", "teacher", Painter(), 1, 1.0)], config, Noise(), out=out)
 
 
 def test_two_processes_equal_one(tmp_path, monkeypatch):
     monkeypatch.setattr(features, "extractor", features.extractor)
-    want = run(tmp_path / "one", None)
+    want = run(tmp_path / "one")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -94,12 +96,12 @@ def test_two_processes_equal_one(tmp_path, monkeypatch):
         for i in range(5):
             pictures = [(tmp_path / n / "comparison" / folder / f"{i}.png").read_bytes() for n in ("one", "two")]
             assert pictures[0] == pictures[1]
-    assert len(list((tmp_path / "two" / "kept" / "painter").glob("*.png"))) == 13
+    assert len(list((tmp_path / "two" / "images" / "painter").glob("*.png"))) == 13
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    run(Path(sys.argv[1]), Path(sys.argv[1]) / "kept")
+    run(Path(sys.argv[1]))
     torch.distributed.barrier()  # as in test_parallel.py
     torch.distributed.destroy_process_group()

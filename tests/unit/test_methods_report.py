@@ -214,7 +214,7 @@ def test_lines_of_a_chart_differ_by_colour_and_then_by_dash() -> None:
 
 def test_the_page_of_a_comparison_names_its_best_student(tmp_path: object) -> None:
     found = rows()
-    assert "The best student, agd, reaches FID 8.90 in 50 steps" in report._verdict(found)
-    assert "The student reaches FID 10.54 in 4 steps" in report._verdict(
+    assert "The best student, agd, reaches FID 8.90 in 50 steps" in report.verdict(found)
+    assert "The student reaches FID 10.54 in 4 steps" in report.verdict(
         [r for r in found if str(r["name"]).startswith(("lcm", "teacher"))]
     )

@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 
 from fastgen import config, prefetch, recipe
+from fastgen.evaluation import weights
 from fastgen.prefetch import Need
 from tests import command
 
@@ -56,7 +57,7 @@ def test_what_ships_is_not_needed(tree: dict[str, Any]) -> None:
     emoji = [
         "model.path=assets:emoji/teacher",
         "data={source: emoji}",
-        "eval={clip: 'assets:emoji/clip', reference: {source: emoji}}",
+        "eval={features: clip, weights: {clip: 'assets:emoji/clip'}, reference: {source: emoji}}",
     ]
     assert needed({**tree, "data": {}}, *emoji) == {}
 
@@ -66,11 +67,27 @@ def test_start_and_evaluation_are_needed(tree: dict[str, Any], monkeypatch: pyte
     reference = "reference: {source: images, path: real}"
     found = needed(tree, "student.init=runs/one/pipeline", f"eval={{metrics: [fid], {reference}}}")
     assert found["student.init"].path == "runs/one/pipeline"
-    assert found["eval.inception"].path == "/weights/inception-2015-12-05.pt"
+    assert found["eval.weights.inception"].path == "/weights/inception-2015-12-05.pt"
+    assert found["eval.weights.inception"].downloads
     assert found["eval.reference.path"].path == "real"
-    found = needed(tree, f"eval={{clip: openai/clip-vit-base-patch32, {reference}}}")
-    assert found["eval.clip"].downloads
-    assert "eval.inception" not in found
+    found = needed(tree, f"eval={{features: clip, weights: {{clip: openai/clip-vit-base-patch32}}, {reference}}}")
+    assert found["eval.weights.clip"].downloads
+    assert "eval.weights.inception" not in found
+
+
+def test_weights_of_an_evaluation_are_had_from_their_own_source(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTGEN_WEIGHTS_DIR", str(tmp_path))
+    section = "eval={metrics: [fid], features: legacy_pytorch, reference: {source: images, path: real}}"
+    [need] = [need for key, need in needed(tree, section).items() if key.startswith("eval.weights")]
+    assert need.weights == "inception_pytorch"
+    monkeypatch.setattr(weights, "fetch", lambda name: tmp_path / name)
+    assert prefetch.fetch(need) == str(tmp_path / "inception_pytorch")
+    (tmp_path / "pt_inception-2015-12-05-6726825d.pth").write_bytes(b"x")
+    [need] = [need for key, need in needed(tree, section).items() if key.startswith("eval.weights")]
+    assert need.there
+    assert prefetch.fetch(need) == need.path
 
 
 def test_lpips_is_needed_where_it_is_the_distance(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

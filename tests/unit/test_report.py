@@ -13,103 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastgen.evaluation import chart, report
-
-NAMES = ("real images", "teacher, 50 steps", "teacher, 4 steps", "teacher, 1 step", "dmd2, 1 step")
-FOLDERS = ("real-images", "teacher-50-steps", "teacher-4-steps", "teacher-1-step", "dmd2-1-step")
-PROMPTS = ("a red apple", "twemoji of a dog", "a <b>blue</b> heart")
-VALUES = (
-    {"fid": 1.204, "clip_score": 31.42, "retrieval": 0.962},
-    {"fid": 6.317, "clip_score": 30.18, "retrieval": 0.871, "seconds_per_image": 1.934, "network_evaluations": 100.0},
-    {"fid": 38.92, "clip_score": 25.07, "retrieval": 0.522, "seconds_per_image": 0.1612, "network_evaluations": 8.0},
-    {"fid": 164.8, "clip_score": 9.861, "retrieval": 0.043, "seconds_per_image": 0.0518, "network_evaluations": 2.0},
-    {"fid": 7.755, "clip_score": 30.31, "retrieval": 0.884, "seconds_per_image": 0.0337, "network_evaluations": 1.0},
-)
-
-
-def made_up_rows():
-    """Rows as the runner writes them, with plausible numbers."""
-    sha, commit = "3f" * 32, "a1b2c3d4" * 5 + "-dirty"
-    common = {
-        "metrics": {
-            "fid": {
-                "extractor": "CLIP clip",
-                "features": "projected image embedding, 128 wide",
-                "sha256": sha,
-                "resize": {"size": {"shortest_edge": 32}, "resample": 3, "image_mean": [0.5, 0.5, 0.5]},
-                "num_images": 1000,
-                "reference": {"num_images": 1000, "sha256": sha[::-1]},
-                "torchmetrics": "1.9.0",
-            },
-            "clip_score": {"extractor": "CLIP clip", "score": "mean of 100 max(cos, 0)", "candidates": 160},
-        },
-        "num_images": 1000,
-        "device": "cpu (x86_64, 2 threads)",
-        "versions": {"python": "3.11.9", "torch": "2.14.1", "diffusers": "0.42.1", "transformers": "5.23.0"},
-        "commit": commit,
-    }
-    rows = []
-    for name, values in zip(NAMES, VALUES, strict=True):
-        role = {"r": "data", "t": "teacher", "d": "student"}[name[0]]
-        steps = int(name.split(", ")[1].split()[0]) if role != "data" else None
-        guidance = {"data": None, "teacher": 4.0, "student": 1.0}[role]
-        own = {"images": "items 1000 to 1999 of the reference source"}
-        if role != "data":
-            own = {
-                "scheduler": "LCMScheduler" if role == "student" else "DDIMScheduler",
-                "steps": steps,
-                "weights": sha if role == "student" else sha[1:] + "0",
-                "seed": 0,
-            }
-        filled = {"seconds_per_image": None, "network_evaluations": None} | values
-        rows.append(
-            {
-                "name": name,
-                "role": role,
-                "steps": steps,
-                "guidance_scale": guidance,
-                **filled,
-                "protocol": common | own,
-            }
-        )
-    return rows
-
-
-def made_up_run(folder, picture=None, steps=900):
-    """A run folder as a run leaves it. picture: (subject, prompt) numbers -> [32, 32, 3]; noise if not given."""
-    rng = np.random.default_rng(0)
-    noise = lambda *_: rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)  # noqa: E731
-    (folder / "results.json").write_text(json.dumps(made_up_rows()))
-    rows = []
-    for step in range(10, steps + 1, 10):
-        row = {
-            "step": step,
-            "critic/denoising": 0.2 + 0.9 * math.exp(-step / 90) + 0.05 * rng.standard_normal(),
-            "critic/fake_score.grad_norm": 0.8 + 30 * math.exp(-step / 40) * rng.uniform(0.5, 1.5),
-            "student/dmd": 0.5 + 0.1 * rng.standard_normal(),
-            "student/student.grad_norm": math.exp(0.3 * rng.standard_normal()),
-            "seconds_per_step": 0.31,
-        }
-        if step % 100 == 0:
-            row |= {"fid": 9 + 180 * math.exp(-step / 110), "clip_score": 30 - 20 * math.exp(-step / 160)}
-            row |= {"retrieval": 0.9 - 0.8 * math.exp(-step / 150)}
-        rows.append(row)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 91')
-    listed = [
-        {"name": n, "role": r["role"], "folder": f} for n, f, r in zip(NAMES, FOLDERS, made_up_rows(), strict=True)
-    ]
-    (folder / "comparison").mkdir()
-    (folder / "comparison" / "prompts.json").write_text(json.dumps({"prompts": PROMPTS, "subjects": listed}))
-    (folder / "samples").mkdir()
-    for i, subject in enumerate(FOLDERS):
-        (folder / "comparison" / subject).mkdir()
-        for j in range(len(PROMPTS)):
-            Image.fromarray((picture or noise)(i, j)).save(folder / "comparison" / subject / f"{j}.png")
-    for step in range(100, steps + 1, 100):
-        sheet = np.concatenate([np.concatenate([(picture or noise)(4, j % 3) for j in range(4)], 1) for _ in range(4)])
-        Image.fromarray(sheet).resize((512, 512), 0).save(folder / "samples" / f"step_{step:06d}.png")
-    (folder / "config.yaml").write_text("run: {steps: 900}\nmethod: {name: dmd2}  # <see> https://arxiv.org\n")
-    return folder
+from fastgen.evaluation import chart, columns, protocol, report
+from fastgen.evaluation import pictures as pages
+from tests.reports import FOLDERS, NAMES, PROMPTS, made_up_rows, made_up_run
 
 
 class Page(HTMLParser):
@@ -123,7 +29,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img", "path"):
+        if tag not in ("meta", "img", "path", "link"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
@@ -148,16 +54,19 @@ def page(run):
 
 def test_page_is_whole_and_asks_for_nothing(page):
     tags = Page(page)
-    assert not {name for name, _ in tags.tags} & {"script", "link", "iframe", "object", "base"}
+    assert not {name for name, _ in tags.tags} & {"iframe", "object", "base"}
+    assert tags.all("script") == [{}]
+    assert tags.all("link") == [{"rel": "icon", "href": "data:,"}]
     for _, attrs in tags.tags:
-        for name in ("src", "href", "srcset", "data", "poster"):
-            assert attrs.get(name, "data:").startswith("data:image/png;base64,") or name not in attrs
+        for name in {"src", "href", "srcset", "data", "poster"} & attrs.keys():
+            assert attrs[name].startswith(("data:image/png;base64,", "data:image/webp;base64,", "data:,", "#"))
     assert not re.search(r"@import|url\(", page)
-    assert "http" not in page.replace("https://arxiv.org", "", 1)  # the config's own comment
+    assert "http" not in page.replace("https://arxiv.org", "", 1).replace("http-equiv", "")  # the config's own comment
 
 
 def test_page_carries_each_picture_unchanged(page, run):
     pictures = {attrs["alt"]: attrs for attrs in Page(page).all("img")}
+    assert len([name for name in pictures if not name.startswith("samples")]) == len(NAMES) * len(PROMPTS)
     assert len(pictures) == len(NAMES) * len(PROMPTS) + report.GRIDS
     for name, folder in zip(NAMES, FOLDERS, strict=True):
         for i, prompt in enumerate(PROMPTS):
@@ -191,6 +100,7 @@ def test_page_says_what_came_out(page):
 
 
 def test_page_has_curves_with_labelled_axes(page):
+    page = page[page.index('id="training"') :]
     svgs = re.findall(r"<svg.*?</svg>", page, re.S)
     assert len(svgs) == 7  # fid, clip_score, retrieval and four terms; not seconds_per_step
     for svg in svgs:
@@ -213,7 +123,8 @@ def test_page_has_curves_with_labelled_axes(page):
 
 
 def test_page_shows_protocol_and_config_escaped(page):
-    assert "<dt>fid extractor</dt><dd>CLIP clip</dd>" in page
+    assert "<h3>FID</h3><dl><dt>extractor</dt><dd>CLIP clip</dd>" in page
+    assert "<h3>Versions</h3><dl><dt>python</dt><dd>3.11.9</dd>" in page
     assert f'<code title="{"3f" * 32}">3f3f3f3f3f3f…</code>' in page
     assert '<code title="' + "a1b2c3d4" * 5 + '-dirty">a1b2c3d4a1b2…-dirty</code>' in page
     assert re.search(r'<th scope="row">scheduler</th><td></td>(<td>DDIMScheduler</td>){3}<td>LCMScheduler</td>', page)
@@ -363,6 +274,16 @@ def test_a_document_without_a_place_is_left_alone(tmp_path, text):
     assert document.read_text() == text
 
 
+def test_rows_that_do_not_compare_get_no_place_in_a_document(tmp_path):
+    document = tmp_path / "README.md"
+    document.write_text("<!-- demo -->\n<!-- /demo -->\n")
+    rows = of_pipelines()
+    rows[4]["protocol"]["dtype"] = "bf16"
+    with pytest.raises(ValueError, match="rows 'teacher, 50 steps' and 'dmd2, 1 step' differ in dtype: fp32; bf16"):
+        report.insert(rows, document, "demo")
+    assert document.read_text() == "<!-- demo -->\n<!-- /demo -->\n"
+
+
 def test_the_picture_shows_each_subject_and_prompt(tmp_path):
     def shade(subject, prompt):
         return np.full((32, 32, 3), 40 * subject + 10 * prompt, np.uint8)
@@ -381,3 +302,410 @@ def test_the_picture_shows_each_subject_and_prompt(tmp_path):
 def test_no_picture_without_a_comparison(tmp_path):
     with pytest.raises(ValueError, match="has no comparison; `fastgen evaluate"):
         report.picture(tmp_path, tmp_path / "out.png")
+
+
+# Protocols
+
+
+def changed(row, *names, to):
+    """The row with another value at a place of its protocol."""
+    row = json.loads(json.dumps(row))
+    *above, last = names
+    place = row["protocol"]
+    for name in above:
+        place = place[name]
+    place[last] = to
+    return row
+
+
+def of_pipelines():
+    """Rows with a seed, prompts and dtype, as the runner's have, and real images without."""
+    rows = made_up_rows()
+    for row in rows[1:]:
+        row["protocol"] |= {"prompts": "ab" * 32, "dtype": "fp32"}
+    return rows
+
+
+MUST_AGREE = {
+    "fid extractor": ("metrics", "fid", "extractor"),
+    "fid sha256": ("metrics", "fid", "sha256"),
+    "fid resize resample": ("metrics", "fid", "resize", "resample"),
+    "fid reference sha256": ("metrics", "fid", "reference", "sha256"),
+    "fid reference num_images": ("metrics", "fid", "reference", "num_images"),
+    "clip_score candidates": ("metrics", "clip_score", "candidates"),
+    "num_images": ("num_images",),
+    "prompts": ("prompts",),
+    "seed": ("seed",),
+    "dtype": ("dtype",),
+    "device": ("device",),
+}
+
+
+@pytest.mark.parametrize("told", MUST_AGREE)
+def test_rows_of_other_protocols_are_not_put_in_one_table(told):
+    rows = of_pipelines()
+    rows[4] = changed(rows[4], *MUST_AGREE[told], to="other")
+    groups = protocol.tables(rows)
+    assert [[row["name"] for row in group if row["role"] != "data"] for group in groups] == [
+        list(NAMES[1:4]),
+        [NAMES[4]],
+    ]
+    with pytest.raises(
+        ValueError, match=rf"rows '.*' and 'dmd2, 1 step' differ in {told}: .*; other; their values do"
+    ):
+        protocol.joined(rows)
+    assert protocol.joined(rows[:4]) == rows[:4]
+
+
+@pytest.mark.parametrize(
+    "name", ["scheduler", "steps", "guidance_scale", "weights", "commit", "versions", "processes"]
+)
+def test_what_is_the_subject_s_own_may_differ_in_a_table(name):
+    rows = of_pipelines()
+    rows[4]["protocol"][name] = "other"
+    assert protocol.tables(rows) == [rows]
+    assert protocol.joined(rows) == rows
+
+
+def test_machines_must_agree_for_times_alone():
+    rows = [row | {"seconds_per_image": None} for row in of_pipelines()]
+    rows[4]["protocol"]["device"] = "cuda (NVIDIA H100)"
+    rows[4]["protocol"]["metrics"] = rows[4]["protocol"]["metrics"] | {"latency": {"repeats": 3}}
+    rows[1]["protocol"]["metrics"] = rows[1]["protocol"]["metrics"] | {"latency": {"repeats": 5}}
+    assert len(protocol.tables(rows)) == 1
+    for i in (1, 4):
+        rows[i]["seconds_per_image"] = 1.0
+    assert protocol.differences(rows[1], rows[4]) == {
+        "device": ("cpu (x86_64, 2 threads)", "cuda (NVIDIA H100)"),
+        "latency repeats": (5, 3),
+    }
+
+
+def test_real_images_stand_in_every_table_that_they_fit():
+    rows = of_pipelines()
+    rows[4]["protocol"]["seed"] = 1  # real images have none
+    first, second = protocol.tables(rows)
+    assert first[0] is second[0] is rows[0]
+    rows[0]["protocol"]["num_images"] = 10
+    assert [[row["name"] for row in group] for group in protocol.tables(rows)] == [
+        list(NAMES[1:4]),
+        [NAMES[4]],
+        [NAMES[0]],
+    ]
+    assert protocol.tables(rows[:1]) == [rows[:1]]
+    assert protocol.tables([]) == []
+
+
+def test_real_images_have_counts_of_their_own_draw():
+    one, other = of_pipelines()[0], of_pipelines()[4]
+    for row, pairs in ((one, 30), (other, 28)):
+        row["protocol"]["metrics"] = row["protocol"]["metrics"] | {"diversity": {"pairs": pairs, "num_images": pairs}}
+    assert protocol.differences(one, other) == {}
+    assert protocol.differences(one | {"role": "student"}, other).keys() == {"diversity pairs", "diversity num_images"}
+
+
+def test_the_report_shows_a_table_for_each_protocol_and_says_why(tmp_path, capsys, monkeypatch):
+    rows = of_pipelines()
+    rows[4] = changed(rows[4], "metrics", "fid", "resize", "resample", to=2)
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    text = report.write_report(tmp_path).read_text()
+    results = text[text.index('id="results"') : text.index('id="protocol"')]
+    assert results.count("<table") == 2
+    why = "The first two differ in fid resize resample: 3; 2."
+    assert why in re.search(r'<p class="separate">(.*?)</p>', text)[1]
+    assert why.replace("_", "\\_") in (tmp_path / "report.md").read_text()
+    monkeypatch.setenv("COLUMNS", "140")
+    report.print_table(rows)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert why in printed
+    assert printed.count("Steps") == 2
+
+
+# Columns and intervals
+
+
+def test_columns_come_from_the_metrics():
+    rows = made_up_rows()
+    for row in rows:
+        row["protocol"]["metrics"] = row["protocol"]["metrics"] | {"prdc": {}, "kid": {}, "some.where": {}}
+        row |= {"precision": 0.5, "kid": 0.001234}
+    found = {column.key: column for column in columns.used_columns(rows)}
+    assert list(found) == [
+        *("steps", "guidance_scale", "fid", "clip_score", "retrieval"),
+        *("precision", "kid", "seconds_per_image", "network_evaluations"),
+    ]
+    about = vars(columns.registry.find("metric", "kid"))["ABOUT"]
+    assert (found["kid"].title, found["kid"].better) == (about.title, "low")
+    assert (found["precision"].title, found["precision"].better) == ("Precision", "high")
+    assert columns.cell(rows[0], found["kid"]) == "0.00123"
+
+
+def test_the_columns_with_a_notation_of_their_own_agree_with_their_metrics():
+    own = {column.key: column for column in columns.COLUMNS}
+    for name in ("fid", "clip_score"):
+        about = vars(columns.registry.find("metric", name))["ABOUT"]
+        assert (own[name].title, own[name].better) == (about.title, about.better)
+
+
+@pytest.mark.parametrize(
+    ("value", "want"),
+    [
+        (8.284, "8.28"),
+        (0.43, "0.430"),
+        (123.4, "123"),
+        (12345.6, "12,346"),
+        (0.0, "0.00"),
+        (1e-6, "1.00e-06"),
+        (-2, "-2.00"),
+    ],
+)
+def test_numbers_of_metrics(value, want):
+    assert columns.number(value) == want
+
+
+def with_intervals():
+    rows = made_up_rows()
+    for row in rows:
+        row["intervals"] = {"fid": [row["fid"] - 0.2, row["fid"] + 0.25], "retrieval": [0.8, 0.9]}
+    return rows
+
+
+def test_intervals_stand_beside_their_values(tmp_path):
+    rows = with_intervals()
+    assert "| **6.32** [6.12, 6.57] | 30.2 | 87.1% [80.0%, 90.0%] |" in report.markdown_table(rows)
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    page = report.write_report(tmp_path).read_text()
+    assert "<td><strong>6.32</strong><small>[6.12, 6.57]</small></td><td>30.2</td>" in page
+    assert "Brackets: 95 % interval, by bootstrap over the images." in page
+    assert "Brackets" not in tmp_page(tmp_path, made_up_rows())
+
+
+def tmp_page(folder, rows):
+    (folder / "results.json").write_text(json.dumps(rows))
+    return report.write_report(folder).read_text()
+
+
+# Plots
+
+
+def charts(page, name):
+    """Caption -> svg of the figures of a section."""
+    start = page.index(f'<section id="{name}">')
+    section = page[start : page.index("</section>", start)]
+    return dict(re.findall(r"<figcaption>(.*?)</figcaption>(<svg.*?</svg>)", section, re.S))
+
+
+def test_quality_is_plotted_by_steps_and_by_latency(tmp_path):
+    found = charts(tmp_page(tmp_path, with_intervals()), "quality")
+    captions = [
+        f"{what} by {by}" for what in ("FID", "CLIP score", "Retrieval") for by in ("steps", "seconds per image")
+    ]
+    assert [re.sub(r"\s[↑↓]", "", caption) for caption in found] == captions
+    fid = found["FID\N{NO-BREAK SPACE}↓ by steps"]
+    assert fid.count('class="mark c0"') == 3, "the teacher at 50, 4 and 1 steps"
+    assert fid.count('class="mark c1"') == 1, "dmd2"
+    assert fid.count('class="whisker') == 4
+    assert "<title>dmd2: FID 7.75 [7.55, 8.00] in 1 step, 0.0337 s an image</title>" in fid
+    assert re.findall(r'text-anchor="middle">(\d+)</text>', fid)[:3] == ["1", "4", "50"]
+    assert "log scale" in fid
+    # a step count lies at its tick
+    ticks = dict(re.findall(r'x="([\d.]+)" y="204" text-anchor="middle">(\d+)<', fid))
+    marks = [float(x) for x in re.findall(r'class="mark c0" transform="translate\(([\d.]+) ', fid)]
+    assert sorted(map(float, ticks)) == pytest.approx(sorted(marks))
+
+
+def test_one_mark_is_no_chart(tmp_path):
+    assert 'id="quality"' not in tmp_page(tmp_path, made_up_rows()[:2])
+
+
+@pytest.mark.parametrize(
+    ("marks", "inside"),
+    [
+        ([(1, 5.0)], True),
+        ([(1, 5.0), (1, 5.0)], True),
+        ([(1, 1e-3), (1000, 10.0)], True),
+        ([(2, -1.0), (3, 4.0)], True),
+    ],
+)
+def test_marks_intervals_and_levels_lie_within_the_frame(marks, inside):
+    points = [chart.Mark(x, y, (y - 0.0005, y + 0.5), str(x)) for x, y in marks]
+    svg = chart.scatter({"a": points[:1], "b": points[1:] or points}, "x", "y", level=("real", 3.0))
+    heights = [float(v) for v in re.findall(r'class="whisker c\d" d="M[\d.]+ ([\d.]+)L', svg)]
+    heights += [float(v) for v in re.findall(r'class="level" d="M\d+ ([\d.]+)H', svg)]
+    places = [tuple(map(float, p)) for p in re.findall(r"translate\(([\d.]+) ([\d.]+)\)\" d", svg)]
+    assert len(places) == len(marks) + (len(marks) == 1)
+    for x, y in [*places, *((chart.LEFT, h) for h in heights)]:
+        assert chart.LEFT <= x <= chart.WIDTH - chart.RIGHT
+        assert chart.TOP <= y <= chart.HEIGHT - chart.BOTTOM
+
+
+def test_every_series_has_a_look_of_its_own():
+    most = len(chart.COLOURS) * len(chart.SHAPES)
+    assert len({chart.look(i) for i in range(most)}) == most
+
+
+def test_labels_cover_neither_marks_nor_each_other():
+    rng = np.random.default_rng(0)
+    points = [chart.Mark(float(x), float(y), None, "88") for x, y in rng.uniform(1, 2, (20, 2))]
+    svg = chart.scatter({"a": points}, "x", "y")
+    labels = [tuple(map(float, p)) for p in re.findall(r'class="name" x="([\d.]+)" y="([\d.]+)"', svg)]
+    assert 5 < len(labels) <= 20
+    for i, (x, y) in enumerate(labels):
+        assert all(abs(x - a) > 10 or abs(y - b) > 8 for a, b in labels[:i])
+
+
+# GenEval
+
+
+def with_geneval(folder, rows=None):
+    """A run with values by task and verdicts on the comparison's pictures."""
+    rows = rows or made_up_rows()
+    for row, share in zip(rows, (1.0, 0.9, 0.5, 0.1, 0.8), strict=True):
+        tasks = {f"geneval_{tag}": share * (1 - 0.1 * i) for i, tag in enumerate(columns.TASKS)}
+        row |= tasks | {"geneval": sum(tasks.values()) / 6, "intervals": {"geneval_colors": [0.1, 0.9]}}
+    made_up_run(folder)
+    (folder / "results.json").write_text(json.dumps(rows))
+    (folder / "geneval").mkdir()
+    for name, wrong in (("teacher-50-steps", 1), ("dmd2-1-step", 3)):
+        entries = [
+            {"tag": "colors", "prompt": PROMPTS[i], "correct": i >= wrong, "reason": "expected <b>red</b>, found 0"}
+            | {"filename": f"comparison/{name}/{i}.png"}
+            for i in range(3)
+        ]
+        entries.append({"tag": "position", "prompt": "p", "correct": False, "reason": "", "filename": "gone.png"})
+        (folder / "geneval" / f"{name}.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    return folder
+
+
+def test_geneval_by_task_with_the_failing_images(tmp_path):
+    page = report.write_report(with_geneval(tmp_path)).read_text()
+    Page(page)
+    start = page.index('<section id="geneval">')
+    section = page[start : page.index("</section>", start)]
+    heads = re.findall(r'<th scope="col">(.*?)\s↑</th>', section)
+    want = ["Overall", "Single object", "Two objects", "Counting", "Colours", "Position", "Colour attribution"]
+    assert heads == want
+    [svg] = re.findall(r'aria-label="Share of right images.*?</svg>', section, re.S)
+    assert [t for t in want if f">{t}</text>" in svg] == want
+    assert svg.count('class="mark c0"') == svg.count('class="mark c1"') == 7
+    assert "<title>dmd2, 1 step: Colours 56.0% [10.0%, 90.0%]</title>" in svg
+    assert svg.count('class="whisker') == 2
+    summaries = re.findall(r"<summary>(.*?)</summary>", section)
+    assert summaries == [
+        "dmd2, 1 step: 4 of 4 images failed; 3 of them",
+        "teacher, 50 steps: 2 of 4 images failed; 1 of them",
+    ]
+    assert section.count('<span class="why">expected &lt;b&gt;red&lt;/b&gt;, found 0</span>') == 4
+    assert "<q>a &lt;b&gt;blue&lt;/b&gt; heart</q>" in section
+    assert "Geneval" not in page.replace("GenEval", ""), "values by task are in their own section alone"
+
+
+def test_the_chart_of_tasks_leaves_out_students_but_the_table_none(tmp_path):
+    rows = made_up_rows()[:2]
+    for i in range(9):
+        rows.append(made_up_rows()[4] | {"name": f"m{i}, 1 step", "geneval_colors": i / 10, "geneval": i / 10})
+    page = tmp_page(tmp_path, rows)
+    section = page[page.index('<section id="geneval">') :]
+    legend = re.search(r'<ul class="legend">(.*?)</ul>', section, re.S)[1]
+    assert re.findall(r"</svg>(.*?)</li>", legend) == [f"m{i}, 1 step" for i in range(3, 9)]
+    assert all(f">m{i}, 1 step</th>" in section for i in range(9))
+
+
+def test_failing_images_are_bounded_and_of_each_task_in_turn(tmp_path):
+    folder = with_geneval(tmp_path)
+    path = folder / "geneval" / "dmd2-1-step.jsonl"
+    entry = {"correct": False, "reason": "no", "filename": "comparison/dmd2-1-step/0.png"}
+    tags = ["colors"] * 30 + ["position"] * 3
+    path.write_text("".join(json.dumps(entry | {"tag": t, "prompt": f"{t} {i}"}) + "\n" for i, t in enumerate(tags)))
+    page = report.write_report(folder).read_text()
+    assert f"33 of 33 images failed; {pages.FAILURES} of them" in page
+    assert re.findall(r"<q>(\w+) \d+</q>", page)[: pages.FAILURES] == ["colors", "position"] * 3 + ["colors"] * (
+        pages.FAILURES - 6
+    )
+
+
+@pytest.mark.parametrize("line", ["{", '{"tag": "colors"}', "[]"])
+def test_damaged_verdicts_are_named(tmp_path, line):
+    folder = with_geneval(tmp_path)
+    (folder / "geneval" / "dmd2-1-step.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"dmd2-1-step\.jsonl: line 1 is no verdict .*run `fastgen evaluate` again"):
+        report.write_report(folder)
+
+
+# Diversity, speed, Markdown
+
+
+def test_prompts_that_come_twice_are_shown_by_seed(tmp_path):
+    made_up_run(tmp_path)
+    listed = tmp_path / "comparison" / "prompts.json"
+    kept = json.loads(listed.read_text())
+    listed.write_text(json.dumps(kept | {"prompts": ["a dog", "a cat", "a dog"]}))
+    rows = [row | {"diversity": 0.2512} for row in made_up_rows()]
+    page = tmp_page(tmp_path, rows)
+    section = page[page.index('<section id="diversity">') : page.index('<section id="training">')]
+    assert re.findall(r"<h3>(.*?)</h3>", section) == ["a dog"]
+    assert "dmd2, 1 step: a dog, image 2" in section
+    assert section.count("<img") == 2 * len(NAMES)
+    assert section.count("<td>0.251</td>") == len(NAMES)
+    (tmp_path / "results.json").write_text(json.dumps(made_up_rows()))
+    listed.write_text(json.dumps(kept))
+    assert 'id="diversity"' not in report.write_report(tmp_path).read_text()
+
+
+def test_all_that_was_timed_is_in_a_table_of_its_own(tmp_path):
+    rows = made_up_rows()
+    rows[4] |= {"seconds_to_first_image": 0.05, "peak_memory_mib": 1178.79}
+    rows[4]["protocol"]["metrics"] = rows[4]["protocol"]["metrics"] | {"latency": {"batch_size": 1, "repeats": 5}}
+    page = tmp_page(tmp_path, rows)
+    section = page[page.index('<section id="speed">') : page.index('<section id="protocol">')]
+    assert "<td>1,179</td>" in section
+    assert "Batch size 1, repeats 5." in section
+    assert "Peak memory" not in page[: page.index('<section id="speed">')]
+
+
+def test_large_pictures_are_stored_small(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((512, 512), 3).save(tmp_path / "x.png")
+    [shown] = Page(report.inline(tmp_path / "x.png", "x", 256)).all("img")
+    kind, _, data = shown["src"].partition(";base64,")
+    assert kind == "data:image/webp"
+    with Image.open(io.BytesIO(base64.b64decode(data))) as opened:
+        assert opened.size == (256, 256)
+
+
+def test_the_markdown_report(run):
+    report.write_report(run)
+    text = (run / "report.md").read_text()
+    assert text.startswith(f"# {report.plain(run.name)}\n\nThe student reaches FID 7.75 in 1 step; ")
+    assert report.markdown_table(made_up_rows()).strip() in text
+    assert "- fid extractor: CLIP clip\n" in text
+    assert f"- fid sha256: {'3f' * 32}\n" in text
+    assert "| a &lt;b>blue&lt;/b> heart | ![](comparison/real-images/2.png) |" in text
+    for link in re.findall(r"!\[\]\((.*?)\)", text):
+        assert (run / link).is_file()
+
+
+def test_the_markdown_report_has_geneval_by_task(tmp_path):
+    report.write_report(with_geneval(tmp_path))
+    text = (tmp_path / "report.md").read_text()
+    assert "### By task: geneval\n\n| | Overall ↑ | Single object ↑ |" in text
+    assert "| 56.0% [10.0%, 90.0%] |" in text
+
+
+def test_plain_text_in_markdown():
+    assert report.plain("a_b*c\n[x](y) <i> `q` | # \\") == r"a\_b\*c \[x\](y) &lt;i> \`q\` \| \# " + "\\\\"
+
+
+def test_prompts_cannot_bring_tags_into_the_page(tmp_path):
+    made_up_run(tmp_path)
+    listed = tmp_path / "comparison" / "prompts.json"
+    kept = json.loads(listed.read_text())
+    evil = "</script><script>alert(1)</script><img src=x onerror='alert(1)'>\""
+    listed.write_text(json.dumps(kept | {"prompts": [evil] * 3}))
+    rows = made_up_rows()
+    rows[4] |= {"name": evil, "role": "student"}
+    rows[4]["protocol"]["scheduler"] = evil
+    text = tmp_page(tmp_path, rows)
+    page = Page(text)
+    assert page.all("script") == [{}]
+    assert not [attrs for attrs in page.all("img") if attrs["src"] == "x" or "onerror" in attrs]
