@@ -202,7 +202,8 @@ def test_quick_evaluations_find_their_prompts(world: Path, tmp_path: Path) -> No
     made = on_cache(tree(world, out=str(tmp_path / "run"), steps=2), tmp_path / "cache", decoder=True)
     made["eval"] = {
         "metrics": ["clip_score"],
-        "clip": str(command.clip(tmp_path / "clip")),
+        "features": "clip",
+        "weights": {"clip": str(command.clip(tmp_path / "clip"))},
         "reference": {"source": "images", "path": str(tmp_path / "held")},
         "num_images": 3,
         "num_images_training": 3,

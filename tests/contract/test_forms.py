@@ -41,7 +41,8 @@ def run(world: Path) -> Path:
     """A student of two steps, trained whole, with an evaluation beside it."""
     section = {
         "metrics": ["fid", "clip_score", "latency"],
-        "clip": str(command.clip(world / "clip")),
+        "features": "clip",
+        "weights": {"clip": str(command.clip(world / "clip"))},
         "reference": {"source": "images", "path": str(world / "images")},
         "num_images": 6,
         "repeats": 1,
