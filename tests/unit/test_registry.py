@@ -12,7 +12,11 @@ from fastgen import registry
 SHIPPED = {
     "method": {"dmd2", "pretrain"},
     "family": {"sd"},
-    "metric": {"fid", "clip_score", "diversity", "latency"},
+    "metric": {
+        *("fid", "kid", "sfid", "patch_fid", "inception_score", "fd_dinov2", "cmmd", "prdc"),
+        *("clip_score", "hpsv2", "pickscore", "image_reward", "geneval", "geneval_emoji"),
+        *("diversity", "lpips_diversity", "vendi", "latency"),
+    },
     "source": {"prompts", "images", "emoji"},
 }
 
@@ -49,7 +53,7 @@ def test_a_dotted_path_finds_a_module_elsewhere(monkeypatch: pytest.MonkeyPatch)
         ("family", "none", "unknown family 'none'; known: .*sd"),
         ("source", "prompt", "unknown source 'prompt'; did you mean 'prompts'?"),
         ("source", "batches", "unknown source 'batches'; did you mean 'cached'"),
-        ("metric", "runner", "unknown metric 'runner'; known: clip_score, diversity, fid, latency"),
+        ("metric", "runner", "unknown metric 'runner'; known: clip_score, cmmd, diversity, fd_dinov2, fid"),
         ("method", "no.such.module", "unknown method 'no.such.module'; known: "),
         ("method", "json.decoder", "unknown method 'json.decoder'; known: "),
         ("method", "a/b", "unknown method 'a/b'; known: "),
