@@ -105,9 +105,8 @@ class Quick:
     def _open(self, session: Session) -> runner.Prompts:
         decoded = replace(located(self._settings), geneval={})
         source = reference(decoded, session.family.image_size, self._where)
-        [given] = runner.prompt_sets(decoded, source, None, session.device, alone=True)
-        prompts = [source.item(i).prompt for i in range(decoded.num_images_training)]
-        return replace(given, prompts=prompts, context=replace(given.context, prompts=prompts))
+        [given] = runner.prompt_sets(decoded, source, None, session.device, True, decoded.num_images_training)
+        return given
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastgen import calls, parallel, registry
 from fastgen.checkpoint import write_text
-from fastgen.data import Item, Source
+from fastgen.data import Source
 from fastgen.export import from_pretrained, read_card
 from fastgen.recipe import DTYPES
 
@@ -29,7 +29,7 @@ from .config import EvalConfig
 from .context import Call, Context, Judges, MetricLike, Reference, Seen
 from .features import fingerprint
 from .images import Made, arguments, opened, write_png
-from .seen import Images, Real, intervals, real_images, see
+from .seen import Images, Real, intervals, real_images, see, told
 
 log = logging.getLogger("fastgen")
 
@@ -139,18 +139,27 @@ def evaluate(
 
 
 def prompt_sets(
-    config: EvalConfig, reference: Source, geneval: Source | None, device: torch.device | str, alone: bool = False
+    config: EvalConfig,
+    reference: Source,
+    geneval: Source | None,
+    device: torch.device | str,
+    alone: bool = False,
+    number: int | None = None,
 ) -> list[Prompts]:
-    """The reference's prompts with their metrics, and those of ``geneval`` with theirs."""
+    """The reference's prompts with their metrics, and those of ``geneval`` with theirs.
+
+    alone: as ``see`` takes it. number: of the reference's prompts; None: ``num_images``.
+    """
     special = [name for name in config.metrics if geneval and "records" in registry.find("metric", name).ABOUT.needs]
 
-    def one(name: str, source: Source, number: int, chosen: Sequence[str]) -> Prompts:
-        items = [source.item(i) for i in range(number)]
+    def one(name: str, source: Source, count: int, images: int, chosen: Sequence[str]) -> Prompts:
+        """images: how many of the source's stand for the real ones; 0: none, or their statistics do."""
+        prompts, records = told(source, range(max(count, images)))
         real: Reference | None = None
-        if not name and config.statistics:
+        if images:
+            real = Real(source, range(images), config.batch_size, alone, prompts[:images])
+        elif not name and config.statistics:
             real = stats.load(Path(config.statistics))
-        elif not name and source.has_images:
-            real = Real(source, range(min(config.num_images, len(source))), config.batch_size, alone)
         context = Context(
             weights=config.weights,
             features=config.features,
@@ -158,18 +167,16 @@ def prompt_sets(
             candidates=source.candidates,
             concept=source.concept,
             device=device,
-            prompts=[item.prompt for item in items],
-            metadata=records(items),
+            prompts=prompts[:count],
+            metadata=records,
         )
         return Prompts(name, source, context.prompts, chosen, context)
 
-    sets = [one("", reference, config.num_images, [name for name in config.metrics if name not in special])]
-    return sets + ([one("geneval", geneval, len(geneval), special)] if geneval and special else [])
-
-
-def records(items: Iterable[Item]) -> dict[str, Mapping[str, Any]]:
-    """GenEval's record by prompt, of those that have one."""
-    return {item.prompt: item.metadata for item in items if item.metadata is not None}
+    by_images = reference.has_images and not config.statistics
+    images = min(config.num_images, len(reference)) if by_images else 0
+    own = [name for name in config.metrics if name not in special]
+    sets = [one("", reference, config.num_images if number is None else number, images, own)]
+    return sets + ([one("geneval", geneval, len(geneval), 0, special)] if geneval and special else [])
 
 
 def measure(seen: Seen, used: Mapping[str, MetricLike]) -> dict[str, float]:
@@ -318,13 +325,13 @@ def _real_row(given: Prompts, config: EvalConfig, out: Path | None) -> Row:
     source, count = given.source, config.num_images
     second = len(source) >= 2 * count
     start = count if second else 0
-    real = Real(source, range(start, start + min(count, len(source))), config.batch_size)
+    indices = range(start, start + min(count, len(source)))
+    prompts, records = told(source, indices)
+    real = Real(source, indices, config.batch_size, prompts=prompts)
     of_sets = {name for name in given.metrics if "reference" in registry.find("metric", name).ABOUT.needs}
-    names = measurable(given.metrics, real.prompts, set() if second else of_sets)
-    context = given.context.on(real.prompts, lambda i: real.images([i])[0])
-    used = metrics(
-        names, replace(context, metadata=records(map(source.item, range(start, start + len(real.prompts)))))
-    )
+    names = measurable(given.metrics, prompts, set() if second else of_sets)
+    context = given.context.on(prompts, lambda i: real.images([i])[0])
+    used = metrics(names, replace(context, metadata=records))
     found = Found()
     seen = see(real.images, real.prompts, _extractors(used), config.batch_size)
     found.add(used, seen, config)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,10 @@ from fastgen import parallel
 from fastgen.data import Source
 
 from .context import Extractor, MetricLike, Seen
+from .features import hash_images
 
+Moments = tuple[Tensor, Tensor]
+"""Mean [D] and covariance [D, D], float64."""
 Images = Callable[[Sequence[int]], Tensor]
 """Numbers -> those images, uint8 [B, 3, H, W]."""
 
@@ -49,15 +53,33 @@ def shares(indices: range, batch_size: int, alone: bool = False) -> Iterator[ran
         yield own[start : start + batch_size]
 
 
+def told(source: Source, indices: Sequence[int]) -> tuple[list[str], dict[str, Mapping[str, Any]]]:
+    """The prompts of a source's items, and GenEval's records of those that have one; no image is kept."""
+    prompts, records = [], {}
+    for i in indices:
+        item = source.item(i)
+        prompts.append(item.prompt)
+        if item.metadata is not None:
+            records[item.prompt] = item.metadata
+    return prompts, records
+
+
 class Real:
     """The real images of some of a source's items, as ``context.Reference``."""
 
-    def __init__(self, source: Source, indices: range, batch_size: int, alone: bool = False) -> None:
-        """alone: as ``see`` takes it."""
-        self.prompts = [source.item(i).prompt for i in indices]
+    def __init__(
+        self,
+        source: Source,
+        indices: range,
+        batch_size: int,
+        alone: bool = False,
+        prompts: Sequence[str] | None = None,
+    ) -> None:
+        """alone: as ``see`` takes it. prompts: of these items, where they are known; else the source is asked."""
+        self.prompts = told(source, indices)[0] if prompts is None else prompts
         self._source, self._indices, self._batch_size, self._alone = source, indices, batch_size, alone
         self._rows: dict[str, Tensor] = {}
-        self._statistics: dict[str, tuple[Tensor, Tensor]] = {}
+        self._statistics: dict[str, Moments] = {}
         self._sha256 = ""
 
     def images(self, part: Sequence[int]) -> Tensor:
@@ -67,27 +89,40 @@ class Real:
     def rows(self, extractor: Extractor) -> Tensor:
         """float32 [M, ...], each extractor's made once."""
         if extractor.key not in self._rows:
-            seen = see(self.images, self.prompts, [extractor], self._batch_size, self._alone)
-            self._rows |= seen.rows
+            digest = hashlib.sha256()
+
+            def images(part: Sequence[int]) -> Tensor:
+                batch = self.images(part)
+                digest.update(batch.contiguous().numpy().data)
+                return batch
+
+            self._rows |= see(images, self.prompts, [extractor], self._batch_size, self._alone).rows
+            if self._alone or parallel.size() == 1:  # it has seen them all, in their order
+                self._sha256 = digest.hexdigest()
         return self._rows[extractor.key]
 
-    def statistics(self, extractor: Extractor) -> tuple[Tensor, Tensor]:
+    def statistics(self, extractor: Extractor) -> Moments:
         """Mean [D] and covariance [D, D], float64. Raises ValueError below two images."""
         if extractor.key not in self._statistics:
-            rows = self.rows(extractor).double()
+            rows = self.rows(extractor)
             if len(rows) < 2:
                 raise ValueError(f"statistics need at least 2 real images, the reference has {len(rows)}")
-            self._statistics[extractor.key] = rows.mean(0), torch.cov(rows.T).reshape(rows.shape[1], -1)
+            self._statistics[extractor.key] = moments_of(rows)
         return self._statistics[extractor.key]
 
     def protocol(self) -> dict[str, object]:
         """Their number, and the hash of their pixels in order."""
         if not self._sha256:
-            digest = hashlib.sha256()
-            for part in shares(range(len(self._indices)), self._batch_size, alone=True):
-                digest.update(self.images(part).contiguous().numpy().data)
-            self._sha256 = digest.hexdigest()
+            everything = shares(range(len(self._indices)), self._batch_size, alone=True)
+            self._sha256 = hash_images(self.images(part) for part in everything)
         return {"num_images": len(self._indices), "sha256": self._sha256}
+
+
+def moments_of(rows: Tensor) -> Moments:
+    """Of rows [M, D], M at least 2; the covariance divides by M - 1."""
+    rows = rows.double()
+    centred = rows - rows.mean(0)
+    return rows.mean(0), centred.T @ centred / (len(rows) - 1)
 
 
 def real_images(source: Source, indices: Sequence[int]) -> Tensor:

@@ -23,10 +23,7 @@ from fastgen.data import Source
 
 from . import weights
 from .context import Extractor
-from .seen import real_images
-
-Moments = tuple[Tensor, Tensor]
-"""Mean [D] and covariance [D, D], float64."""
+from .seen import Moments, moments_of, real_images
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,13 +135,6 @@ def save(path: Path, moments: Moments, features: str, number: int, sha256: str, 
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)
-
-
-def moments_of(rows: Tensor) -> Moments:
-    """Of rows [M, D], M at least 2; the covariance divides by M - 1."""
-    rows = rows.double()
-    centred = rows - rows.mean(0)
-    return rows.mean(0), centred.T @ centred / (len(rows) - 1)
 
 
 def make(source: Source, extractor: Extractor, path: Path, batch_size: int, keep_rows: bool = False) -> dict[str, Any]:
