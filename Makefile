@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format mypy results bench performance recovery guiders world scenes students report sprites clean
+.PHONY: help install demo test check format mypy results bench performance recovery faults guiders world scenes students report sprites clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -49,6 +49,9 @@ performance: $(VENV)/.installed-dev  ## measure what an iteration of each method
 
 recovery: $(VENV)/.installed-dev  ## distil the two-dimensional mixture by every method, write docs/recovery.md (15 minutes)
 	$(BIN)/python -m tests.recovery.plot
+
+faults: $(VENV)/.installed-eval  ## put faults into runs and commands hundreds of times, write docs/reliability.md (20 minutes)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults.campaign
 
 guiders: $(VENV)/.installed-eval  ## judge the guiders on the emoji teacher and its students, write the table of docs/guiders.md
 	$(BIN)/python -m tests.bench.guiders

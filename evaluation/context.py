@@ -33,6 +33,7 @@ class About:
         better: which way is better.
         resampled: whether it has an interval by resampling images; not where images of one prompt are compared,
             among which one that is drawn twice would be no distance away from itself.
+        share: whether its values are shares of the images, so that their intervals end at 0 and 1.
     """
 
     title: str
@@ -40,6 +41,7 @@ class About:
     values: tuple[str, ...]
     better: Literal["low", "high", ""]
     resampled: bool = True
+    share: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,6 +26,7 @@ from torch.nn.functional import normalize
 
 from fastgen.checkpoint import write_text
 from fastgen.data.geneval import CLASSES, checked, official
+from fastgen.plain import from_json
 
 from . import features, mask2former, weights
 from .context import About, Context, Extractor, Seen
@@ -34,7 +35,9 @@ from .mask2former import Detections
 from .verdict import COLOURS, OFFICIAL, Found, Options, Verdict, keep, row, summary
 from .verdicts import Record, Verdicts, found, padded, values
 
-ABOUT = About(title="GenEval", needs=("records", "mask2former", "clip"), values=values("geneval"), better="high")
+ABOUT = About(
+    title="GenEval", needs=("records", "mask2former", "clip"), values=values("geneval"), better="high", share=True
+)
 
 TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 GREY = 0x99
@@ -275,7 +278,7 @@ def read_folder(folder: Path) -> list[Sample]:
     for one in sorted(numbered, key=lambda p: int(p.name)):
         file = one / "metadata.jsonl"
         try:
-            record = checked(json.loads(file.read_text(encoding="utf-8")))
+            record = checked(from_json(file.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise ValueError(f"{file}: no record of a GenEval prompt ({error})") from None
         images = [p for p in (one / "samples").glob("*.png") if re.fullmatch(r"\d+\.png", p.name)]
@@ -356,9 +359,12 @@ def _known(out: Path, samples: Sequence[Sample], protocol: dict[str, Any]) -> di
         made, now = out.stat().st_mtime, {str(sample.file): sample for sample in samples}
         for text in out.read_text(encoding="utf-8").splitlines(keepends=True):
             if text.endswith("\n"):  # a cut line is not
-                line = json.loads(text)
-                sample = now.get(line["filename"])
-                same = sample is not None and line["metadata"] == json.dumps(sample.record)
+                try:
+                    line = from_json(text)
+                    sample = now.get(line["filename"])
+                    same = sample is not None and line["metadata"] == json.dumps(sample.record)
+                except (ValueError, KeyError, TypeError):
+                    continue  # damaged, so that its image is judged again
                 if same and sample is not None and sample.file.stat().st_mtime <= made:
                     kept[line["filename"]] = line
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,9 @@ from .context import About, Context, Extractor, Seen
 from .verdict import COLOURS, RELATIONS, Found, Options, judge
 from .verdicts import Record, Verdicts
 
-ABOUT = About(title="GenEval on emoji", needs=("records",), values=verdicts.values("geneval_emoji"), better="high")
+ABOUT = About(
+    title="GenEval on emoji", needs=("records",), values=verdicts.values("geneval_emoji"), better="high", share=True
+)
 
 OPTIONS = Options(counting_threshold=0.3)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastgen import calls, parallel
 from fastgen.checkpoint import write_text
+from fastgen.plain import from_json
 from fastgen.rng import seed_of
 
 log = logging.getLogger("fastgen")
@@ -116,7 +117,7 @@ def opened(folder: Path, settings: dict[str, Any]) -> Path:
 def _settings(path: Path) -> dict[str, Any]:
     """As they were written down; none if there is no such file, or if it is damaged."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = from_json(path.read_text(encoding="utf-8"))
     except (ValueError, OSError):
         return {}
     return kept if isinstance(kept, dict) else {}

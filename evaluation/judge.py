@@ -19,6 +19,7 @@ from fastgen.config import ConfigError
 from fastgen.data import Source
 from fastgen.export import check_pipeline, from_pretrained, opening, read_card
 from fastgen.family import Family
+from fastgen.plain import from_json, from_yaml
 from fastgen.train import family_of
 
 from . import features, report, runner, stats, weights
@@ -149,10 +150,17 @@ def judge(
         subjects += of(target.folder, decoded, target.name)
     state = _state(subjects, decoded)
     known = report.read_results(out / "results.json") if _read(out / STATE) == {"of": state} else []
+    new = not out.exists()
     if parallel.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / STATE, json.dumps({"of": state}) + "\n")
-    rows = measure(subjects, decoded, where, sizes[folders[0]], out, [dict(row) for row in known])
+    try:
+        rows = measure(subjects, decoded, where, sizes[folders[0]], out, [dict(row) for row in known])
+    except ValueError:
+        if parallel.rank() == 0 and new and [file.name for file in out.iterdir()] == [STATE]:
+            (out / STATE).unlink()  # refused before anything was measured
+            out.rmdir()
+        raise
     if parallel.rank() == 0:
         report.write_report(out)
         (out / STATE).unlink()
@@ -169,7 +177,7 @@ def _state(subjects: Sequence[Subject], decoded: EvalConfig) -> str:
 def _read(path: Path) -> Any:
     """What a JSON file holds; None if there is none, or it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
@@ -185,8 +193,6 @@ def files_digest(folder: Path) -> str:
 
 def said(metrics: str | None, reference: str | None) -> dict[str, Any]:
     """What a command line says of an ``eval:`` section. Raises ValueError on a reference that is none."""
-    import yaml
-
     tree: dict[str, Any] = {}
     if metrics is not None:
         tree["metrics"] = [name.strip() for name in metrics.split(",") if name.strip()]
@@ -197,8 +203,8 @@ def said(metrics: str | None, reference: str | None) -> dict[str, Any]:
     if Path(reference).is_dir():
         return tree | {"reference": {"source": "images", "path": reference}}
     try:
-        given = yaml.safe_load(reference)
-    except yaml.YAMLError:
+        given = from_yaml(reference)
+    except ValueError:
         given = None
     if isinstance(given, str) and given in registry.names("source"):
         given = {"source": given}
@@ -217,14 +223,12 @@ def statistics(
 
     Raises ValueError on what is no source, or without the weights.
     """
-    from accelerate import PartialState
-
     tree = said(None, given).get("reference")
     if tree is None:
         raise ValueError(f"{given}: holds statistics already; give a source of images")
     where = "the command line"
     decoded = located(settings({"reference": tree, "features": space, "weights": dict(given_weights)}, where))
-    context = Context(weights=decoded.weights, features=space, device=PartialState().device)
+    context = Context(weights=decoded.weights, features=space, device=parallel.device())
     source = reference(decoded, (side, side), where)
     return stats.make(source, features.extractor(context), out, batch_size, rows)
 
@@ -279,11 +283,9 @@ def measure(
     known: Sequence[runner.Row] = (),
 ) -> list[runner.Row]:
     """The rows of these subjects, whose images are (height, width) = size. known: rows of earlier calls, kept."""
-    from accelerate import PartialState
-
     source = reference(decoded, size, where)
     geneval = _opened(decoded.geneval, size, where, "eval.geneval") if decoded.geneval else None
-    device = PartialState().device
+    device = parallel.device()
     return runner.evaluate(subjects, located(decoded), source, geneval=geneval, device=device, out=out, known=known)
 
 

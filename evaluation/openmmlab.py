@@ -214,9 +214,13 @@ def read(checkpoint: Path) -> dict[str, Tensor]:
     if not checkpoint.is_file():
         raise ValueError(f"{checkpoint}: no such checkpoint; it comes from {URL}")
     if checkpoint.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return dict(load_file(checkpoint))
+        try:
+            return dict(load_file(checkpoint))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{checkpoint}: no whole safetensors file ({error}); write it again") from None
     try:
         held = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except Exception:  # of several libraries: cut, of another format, or with code in it, which is not run

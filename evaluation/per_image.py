@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastgen.checkpoint import write_text
+from fastgen.plain import from_json
 
 FOLDER = "per_image"
 """Below the results."""
@@ -62,7 +63,7 @@ def save(path: Path, scores: PerImage) -> None:
 def load(path: Path) -> PerImage:
     """Read one file. Raises ValueError, naming it, if it is damaged or of another version."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = from_json(path.read_text(encoding="utf-8"))
         if kept["version"] != VERSION:
             raise ValueError(f"version {kept['version']}, not {VERSION}")
         values = {

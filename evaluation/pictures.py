@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
 from fastgen import registry
+from fastgen.plain import from_json
 
 from . import protocol
 from .columns import Row, columns, of_metric, used_columns
@@ -31,15 +31,17 @@ SEEDS = (3, 8)
 
 
 def listed(folder: Path) -> tuple[list[str], list[Row]]:
-    """Prompts and subjects of the comparison, teacher and students side by side; nothing where there is none."""
+    """Prompts and subjects of the comparison, as they were judged; nothing where there is none. Raises ValueError."""
     path = folder / "prompts.json"
     if not path.is_file():
         return [], []
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = from_json(path.read_text(encoding="utf-8"))
         for subject in known["subjects"]:
-            _ = subject["name"], subject["role"], subject["folder"]
-        return [str(prompt) for prompt in known["prompts"]], _side_by_side(known["subjects"])
+            _ = subject["name"], subject["role"]
+            if Path(str(subject["folder"])).name != subject["folder"]:  # which would lead out of the comparison
+                raise ValueError(f"folder {subject['folder']!r} is no name")
+        return [str(prompt) for prompt in known["prompts"]], [*known["subjects"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({error}); run `fastgen evaluate` again") from None
 
@@ -49,6 +51,7 @@ def comparison(folder: Path) -> str:
     prompts, subjects = listed(folder)
     if not prompts:
         return ""
+    subjects = _side_by_side(subjects)
     head = "".join(f'<th scope="col" class="{text(s["role"])}">{text(s["name"])}</th>' for s in subjects)
     lines = []
     for i, prompt in enumerate(prompts):
@@ -135,6 +138,7 @@ def diversity(rows: Sequence[Row], folder: Path) -> str:
         if chosen:
             parts.append(table([row for row in group if any(row.get(c.key) is not None for c in chosen)], chosen))
     prompts, subjects = listed(folder)
+    subjects = _side_by_side(subjects)
     repeated = [prompt for prompt in dict.fromkeys(prompts) if prompts.count(prompt) > 1][: SEEDS[0]]
     for prompt in repeated:
         places = [i for i, other in enumerate(prompts) if other == prompt][: SEEDS[1]]
@@ -190,7 +194,7 @@ def _read_verdicts(path: Path) -> Iterator[Row]:
         return
     for line, entry in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            row = json.loads(entry)
+            row = from_json(entry)
             yield {name: row[name] for name in ("filename", "tag", "prompt", "correct", "reason")}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: line {line} is no verdict ({error}); run `fastgen evaluate` again") from None

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 import fastgen
 from fastgen.checkpoint import write_text
+from fastgen.plain import from_json
 from fastgen.tracking import read as read_metrics
 
 from . import protocol
@@ -48,8 +48,7 @@ def markdown_table(rows: Sequence[Row], columns: Sequence[Column] | None = None)
     for i, row in enumerate(rows):
         cells = [f"**{cell(row, c)}**" if i in tops[c.key] else cell(row, c) for c in columns]
         cells = [f"{value} {interval(row, c)}".strip() for value, c in zip(cells, columns, strict=True)]
-        name = str(row["name"]).replace("|", "\\|")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {plain(str(row['name']))} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -104,15 +103,14 @@ def picture(run: Path, file: Path, side: int = 96) -> None:
 
     side: of each image in pixels. Raises ValueError if the run has no comparison.
     """
-    listed = run / "comparison" / "prompts.json"
-    if not listed.is_file():
+    prompts, rows = listed(run / "comparison")
+    if not prompts:
         raise ValueError(f"{run}: has no comparison; `fastgen evaluate {run}` makes it")
-    kept = json.loads(listed.read_text(encoding="utf-8"))
     label, gap, font = 150, 4, ImageFont.load_default(14)
-    columns, rows = len(kept["prompts"]), kept["subjects"]
+    columns = len(prompts)
     canvas = Image.new("RGB", (label + columns * (side + gap), len(rows) * (side + gap) + 3 * gap + 34), "white")
     draw = ImageDraw.Draw(canvas)
-    for i, prompt in enumerate(kept["prompts"]):
+    for i, prompt in enumerate(prompts):
         lines = textwrap.wrap(prompt, 14)[:2]
         draw.multiline_text((label + i * (side + gap), gap), "\n".join(lines), "black", font)
     for j, subject in enumerate(rows):
@@ -252,14 +250,24 @@ def plain(text: str) -> str:
     return marked.replace("&", "&amp;").replace("<", "&lt;")
 
 
+ROW: dict[str, Any] = {
+    **{name: str for name in ("name", "role")},
+    **{name: int | float | None for name in ("steps", "guidance_scale", "fid", "seconds_per_image")},
+    **{name: dict | None for name in ("protocol", "intervals")},
+}
+"""What a row must hold, and of what kind, for a report to be made of it."""
+
+
 def read_results(path: Path) -> list[Row]:
     """The rows of a results.json; none if there is no such file. Raises ValueError if it is damaged."""
     if not path.is_file():
         return []
     try:
-        rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))
+        rows: list[Row] = from_json(path.read_text(encoding="utf-8"))
         for row in rows:
-            _ = row["name"], row["role"]
-    except (ValueError, KeyError, TypeError) as error:
+            for name, kinds in ROW.items():
+                if not isinstance(row[name] if name in ("name", "role") else row.get(name), kinds):
+                    raise TypeError(f"{name} is {row[name]!r}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a list of results ({error}); run `fastgen evaluate` again") from None
     return rows

@@ -22,6 +22,7 @@ from fastgen import calls, parallel, registry
 from fastgen.checkpoint import write_text
 from fastgen.data import Source
 from fastgen.export import from_pretrained, read_card
+from fastgen.plain import from_json
 from fastgen.recipe import DTYPES
 
 from . import per_image, stats
@@ -308,8 +309,9 @@ class Found:
         for name, metric in used.items():
             values = metric.compute(seen)
             self.values |= values
-            if registry.find("metric", name).ABOUT.resampled:
-                self.intervals |= intervals(metric, seen, values, config.bootstrap, config.seed)
+            about = registry.find("metric", name).ABOUT
+            if about.resampled:
+                self.intervals |= intervals(metric, seen, values, config.bootstrap, config.seed, about.share)
             self.protocols[name] = metric.protocol()
             self.scores |= metric.per_image(seen)
 
@@ -405,7 +407,7 @@ def _leave_pictures(
     for i, image in enumerate(images(range(len(chosen)))):
         write_png(image, folder / slug(name) / f"{i}.png")
     listed = folder / "prompts.json"
-    known = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() and role != "data" else {}
+    known = from_json(listed.read_text(encoding="utf-8")) if listed.is_file() and role != "data" else {}
     entry = {"name": name, "role": role, "folder": slug(name)}
     kept = known.get("subjects", []) if known.get("prompts") == chosen else []
     others = [s for s in kept if s["folder"] != entry["folder"]]

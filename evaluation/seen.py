@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -135,12 +136,13 @@ def real_images(source: Source, indices: Sequence[int]) -> Tensor:
 
 
 def intervals(
-    metric: MetricLike, seen: Seen, values: dict[str, float], resamplings: int, seed: int
+    metric: MetricLike, seen: Seen, values: dict[str, float], resamplings: int, seed: int, share: bool = False
 ) -> dict[str, list[float]]:
     """95 % intervals of a metric's values by the bootstrap over images (Efron 1979): name -> [low, high].
 
     A value lies in the middle of its interval, 1.96 deviations of the resampled values wide to each side: resampled
     sets hold images twice, which shifts a distance between distributions (FID) upwards, but hardly its deviation.
+    share: the values are shares, so that none of their intervals goes below 0 or above 1.
     """
     if not resamplings or not metric.extractors:
         return {}
@@ -151,4 +153,5 @@ def intervals(
         for name, value in drawn.items():
             found[name].append(value)
     width = {name: 1.96 * float(np.std(drawn, ddof=1)) for name, drawn in found.items()}
-    return {name: [value - width[name], value + width[name]] for name, value in values.items()}
+    low, high = (0.0, 1.0) if share else (-math.inf, math.inf)
+    return {name: [max(low, v - width[name]), min(high, v + width[name])] for name, v in values.items()}

@@ -93,10 +93,14 @@ def load(path: Path) -> Stored:
     if not path.is_file():
         raise ValueError(f"{path}: no such file of statistics; `fastgen stats` makes one")
     try:
-        with np.load(path, allow_pickle=False) as opened:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as opened:  # which leaves its own file open
             names = ("mu", "sigma", "mu_s", "sigma_s", "feats", "features", "number", "sha256")
             arrays = {name: opened[name] for name in names if name in opened}
-    except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        for name, array in arrays.items():
+            wanted = "U" if name in ("features", "sha256") else "iu" if name == "number" else "fiu"
+            if array.dtype.kind not in wanted or (wanted != "fiu" and array.ndim):
+                raise ValueError(f"{name} is {array.dtype} of shape {array.shape}")
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: not an .npz of plain arrays ({reason}); `fastgen stats` makes one") from None
     feats = torch.from_numpy(arrays["feats"]).float() if "feats" in arrays else None

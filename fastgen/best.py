@@ -12,6 +12,7 @@ from typing import Any, Literal
 from . import checkpoint, registry
 from .checkpoint import CheckpointError
 from .config import suggest
+from .plain import from_json
 
 FILE = "best.json"
 """Its name in the run folder."""
@@ -105,7 +106,7 @@ def _folder(run: Path, found: Best) -> Path:
 def read(run: Path) -> Best | None:
     """What ``best.json`` says; None if there is none. Raises CheckpointError if it cannot be read."""
     try:
-        return Best(**json.loads((run / FILE).read_text(encoding="utf-8")))
+        return Best(**from_json((run / FILE).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:

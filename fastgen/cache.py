@@ -28,8 +28,9 @@ from .data.prompts import read as read_prompts
 from .data.skipped import SKIPPED
 from .denoiser import Cond
 from .family import Family
+from .progress import progress
 from .recipe import Chosen, Model
-from .train import family_of, progress
+from .train import family_of
 
 log = logging.getLogger("fastgen")
 
@@ -71,9 +72,7 @@ def decode(tree: Mapping[str, Any], where: str) -> Recipe:
 
 def make(recipe: Recipe, more: More = lambda size: (), device: torch.device | None = None) -> tuple[int, int]:
     """Make what is not there yet; how many items and prompts that were. more: prompts besides. Raises ValueError."""
-    from accelerate import PartialState
-
-    device, options = device or PartialState().device, recipe.options
+    device, options = device or parallel.device(), recipe.options
     family, name = opened(recipe.model, device, ("network", "text", "vae"))
     source: Source = registry.find("source", recipe.of.name).open(recipe.of.options, family.image_size)
     if isinstance(source, PairSource | cached.Cached):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
+from .plain import hidden
 from .tables import markdown
 
 Form = Literal["pipeline", "component", "lora"]
@@ -278,8 +279,7 @@ def public(tree: Any) -> Any:
     if isinstance(tree, list | tuple):
         return [public(value) for value in tree]
     if isinstance(tree, str):
-        tree = re.sub(r"\b(hf_|sk-|ghp_)\w{16,}", "(left out)", tree)
-        tree = re.sub(r"(\w+://)[^/\s@]+@", r"\1", tree)
+        tree = hidden(tree)
         absolute = re.fullmatch(r"(~|/|[A-Za-z]:\\).*?([^/\\]+)[/\\]?", tree)
         return f".../{absolute[2]}" if absolute else tree
     return tree

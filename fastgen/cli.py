@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
+
+from .plain import hidden
 
 app = typer.Typer(
     name="fastgen",
@@ -77,12 +81,17 @@ def train(
         bool, typer.Option("--dry-run", help="Build everything, run two steps, print sizes and times, write nothing.")
     ] = False,
 ) -> None:
-    """Distil (or pretrain) as a config says; the student is left in <run.out>/pipeline."""
+    """Distil (or pretrain) as a config says; the student is left in <run.out>/pipeline.
+
+    SIGTERM, Ctrl-C and run.max_hours end it after the step in hand, with a checkpoint and exit code 75: the same
+    command goes on. A second signal ends it at once.
+    """
     from .config import override, read
 
     tree = override(read(find_config(config)), overrides or [])  # a file that is not there is told before torch loads
     from . import recipe as recipes
     from .evaluation.judge import Quick
+    from .interrupt import CODE, Interrupted
     from .train import train as run
 
     decoded = recipes.decode(tree, str(config))
@@ -92,7 +101,10 @@ def train(
 
         rehearse(decoded)
         return
-    folder = run(decoded, resume, quick)
+    try:
+        folder = run(decoded, resume, quick)
+    except Interrupted as stopped:
+        fail(str(stopped), CODE, once=True)
     say(f"{folder / 'pipeline'} holds the result; `fastgen evaluate {folder}` judges it")
 
 
@@ -110,7 +122,8 @@ def shipped_configs() -> dict[str, Path]:
     import importlib
 
     folder = Path(str(importlib.import_module("fastgen.configs").__path__[0]))
-    return {p.relative_to(folder).with_suffix("").as_posix(): p for p in sorted(folder.rglob("*.yaml"))}
+    found = {p.relative_to(folder).with_suffix("").as_posix(): p for p in sorted(folder.rglob("*.yaml"))}
+    return {name: path for name, path in found.items() if not name.startswith("accelerate/")}  # a launcher's
 
 
 @app.command()
@@ -127,6 +140,8 @@ def cache(
     from .cache import decode, make
 
     recipe, evaluation = decode(tree, str(config)), tree.get("eval", {})
+    if not isinstance(evaluation, dict):
+        raise ValueError(f"{config}: eval must be a mapping, got {evaluation!r}")
 
     def quick(image_size: tuple[int, int]) -> list[str]:
         """The prompts of quick evaluations, which are others."""
@@ -207,9 +222,8 @@ def generate(
     import inspect
 
     import torch
-    from accelerate import PartialState
 
-    from . import calls
+    from . import calls, parallel
     from .export import load, read_card
     from .pipelines import guiders
     from .recipe import DTYPES, locate
@@ -217,8 +231,16 @@ def generate(
 
     if guider is None and (guider_scale is not None or coefficients is not None):
         raise ValueError("--guider-scale and --coefficients say more of a guider; give --guider too")
+    for what, number in (("guidance-scale", guidance_scale), ("guider-scale", guider_scale), ("fps", fps)):
+        if number is not None and not math.isfinite(number):
+            raise ValueError(f"--{what} must be a finite number, got {number}")
+    for text in [*prompt, negative_prompt or ""]:
+        if not text.isascii() and text.encode(errors="replace") != text.encode(errors="surrogatepass"):
+            raise ValueError(f"prompt {text!a} holds half a character; give it in UTF-8")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file; name a folder for the images")
     chosen = guiders.Choice(guider, guider_scale, negative_prompt, coefficients) if guider else None
-    state, path = PartialState(), locate(pipeline)
+    device, path = parallel.device(), locate(pipeline)
     own = read_card(Path(path)).get("num_inference_steps")
     if steps and own and steps > own:
         raise ValueError(f"{pipeline}: is a student of {own} step{'s' * (own > 1)}; leave out --steps {steps}")
@@ -233,7 +255,7 @@ def generate(
     if num_frames is not None and "num_frames" not in inspect.signature(type(pipe).__call__).parameters:
         raise ValueError(f"{pipeline}: is a {type(pipe).__name__}, which makes images; leave out --num-frames")
     pipe.set_progress_bar_config(disable=True)
-    pipe.to(state.device)
+    pipe.to(device)
     given = {
         "num_inference_steps": steps,
         "guidance_scale": guidance_scale,
@@ -247,12 +269,11 @@ def generate(
         if value is not None and name not in call:
             raise ValueError(f"{pipeline}: is a {type(pipe).__name__}, whose call takes no {name}; leave it out")
     told = [calls.prompted(pipe, text) for text in prompt]
-    out.mkdir(parents=True, exist_ok=True)
     wanted = [(number, index) for number in range(len(prompt)) for index in range(num_images)]
-    mine, counts = wanted[state.process_index :: state.num_processes], []
+    mine, counts = wanted[parallel.rank() :: parallel.size()], []
     with contextlib.ExitStack() as stack:
         if teacher is not None:
-            first = load(locate(teacher), dtype=DTYPES[dtype]).to(state.device)
+            first = load(locate(teacher), dtype=DTYPES[dtype]).to(device)
             first.set_progress_bar_config(disable=True)
             its_own = float(call.pop("guidance_scale", 7.5))
             counts.append(stack.enter_context(guiders.diversity(pipe, first, 1, teacher_steps, its_own)))
@@ -263,6 +284,7 @@ def generate(
             generator = torch.Generator().manual_seed(seed_of(seed, index))
             torch.manual_seed(seed_of(seed, index, "steps"))  # some hand no generator to a scheduler that draws noise
             made = pipe(**told[number], generator=generator, output_type="pil", **call)[0][0]  # an image, or frames
+            out.mkdir(parents=True, exist_ok=True)
             file = save_frames(made if isinstance(made, list) else [made], out / f"{number:04d}_{index:02d}", fps)
             typer.echo(f"{file}  {prompt[number]}")
     if counts and mine:
@@ -271,12 +293,15 @@ def generate(
 
 def save_frames(frames: list[Any], stem: Path, fps: float) -> Path:
     """PIL images -> the file: one frame as a PNG, more as an animated WebP that begins anew without end."""
-    if len(frames) == 1:
-        file = stem.with_name(f"{stem.name}.png")
-        frames[0].save(file)
-        return file
-    file = stem.with_name(f"{stem.name}.webp")
-    frames[0].save(file, save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0, quality=90)
+    from .checkpoint import atomic_file
+
+    file = stem.with_name(f"{stem.name}.{'png' if len(frames) == 1 else 'webp'}")
+    film = {"save_all": True, "append_images": frames[1:], "duration": round(1000 / fps), "loop": 0, "quality": 90}
+    with atomic_file(file) as partial:
+        if len(frames) == 1:
+            frames[0].save(partial, "PNG")
+        else:
+            frames[0].save(partial, "WEBP", **film)
     return file
 
 
@@ -333,7 +358,10 @@ def evaluate(
         )
     where = find_config(config) if config else places[first] / "config.yaml" if first else None
     said = judging.said(metrics, reference)
-    tree = {"eval": {**(read(where).get("eval", {}) if where else {}), **said}}
+    given = read(where).get("eval", {}) if where else {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}: eval must be a mapping, got {given!r}")
+    tree = {"eval": {**given, **said}}
     tree = override(tree, [f"eval.{text}" for text in changes])
     decoded = judging.settings(tree["eval"], str(where or "the command line"))
     if teacher is None and first is not None and runs[first].method.name != "pretrain":
@@ -399,8 +427,7 @@ def images(
     dtype: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="Of the weights.")] = "fp32",
 ) -> None:
     """Make GenEval's images: OUT/00000/metadata.jsonl and OUT/00000/samples/0000.png and so on."""
-    from accelerate import PartialState
-
+    from . import parallel
     from .data import geneval as source
     from .evaluation.geneval_images import make
     from .evaluation.runner import Subject
@@ -408,7 +435,7 @@ def images(
 
     known = source.Prompts(source.Config(str(prompts or ""), num_images, per_tag))
     subject = Subject(pipeline, "student", locate(pipeline), steps, guidance_scale)
-    device = str(PartialState().device)
+    device = str(parallel.device())
     made = make(subject, out, known, seed=seed, batch_size=batch_size, dtype=dtype, device=device)
     say(f"{out} holds {len(known)} images, {made or 'none'} made now; `fastgen geneval judge {out}` judges them")
 
@@ -421,14 +448,13 @@ def judge(
     batch_size: Annotated[int, typer.Option(min=1, help="Images of one size that are seen at a time.")] = 4,
 ) -> None:
     """Judge a folder as the official evaluator does; write results.jsonl and print its summary; goes on if cut off."""
-    from accelerate import PartialState
-
+    from . import parallel
     from .evaluation import geneval as judging
     from .evaluation.context import Context
     from .recipe import locate
 
     given = {name: locate(path) for name, _, path in (text.partition("=") for text in weights or [])}
-    context = Context(weights=given, device=PartialState().device)
+    context = Context(weights=given, device=parallel.device())
     asks = judging.needs_colours(sample.record for sample in judging.read_folder(folder))
     colours = judging.open_colours(context) if asks else None
     target = out or folder / "results.jsonl"
@@ -670,11 +696,77 @@ def about_of(module: object) -> dict[str, Any]:
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Rows for a machine.")] = False) -> None:
-    """Say what this machine has: versions, devices, attention kernels, weights that are missing."""
-    from .doctor import findings
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Where runs are looked for, at any depth; or a run.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Rows for a machine.")] = False,
+) -> None:
+    """List runs: their state, step, best quick evaluation, time trained and age of the last row.
+
+    running: a process holds its train.log. done: at its last step, with a pipeline. unhealthy: ended by health.stop.
+    failed: ended by an error, which is told below. stopped: anything else before its end, as by a signal or a kill;
+    the command that started it goes on. damaged: config.yaml or metrics.jsonl cannot be read.
+    """
+    from . import runs as known
+    from . import tables
+
+    rows = known.rows(folder)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    if not rows:
+        typer.echo(f"{folder} holds no runs")
+        return
+    tables.show(*known.table(rows), known.WORDS)
+    for line in known.told(rows):
+        typer.echo(line)
+
+
+@app.command()
+def plot(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders, drawn over each other.", metavar="RUN...")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The PNG; if not given RUN/plot.png, of several plot.png here.")
+    ] = None,
+    metrics: Annotated[
+        str, typer.Option(help="Values of metrics.jsonl by name or pattern: fid,student/*; all but the machine's.")
+    ] = "",
+    smooth: Annotated[
+        int | None,
+        typer.Option(min=0, help="Rows averaged to either side, over a faint line of all; 0: none. Else a 25th."),
+    ] = None,
+) -> None:
+    """Draw curves of runs as a PNG: quick evaluations, losses, gradient norms, health."""
+    from .evaluation import curves
+
+    found = curves.read(folders, [name.strip() for name in metrics.split(",") if name.strip()])
+    file = out or (folders[0] / "plot.png" if len(folders) == 1 else Path("plot.png"))
+    title = str(folders[0]) if len(folders) == 1 else f"{len(folders)} runs"
+    curves.write(curves.picture(found, title, smooth), file)
+    typer.echo(str(file))
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(help="A YAML config of a training, for what it would lack here.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Rows for a machine.")] = False,
+) -> None:
+    """Say what this machine has: versions, devices, attention kernels that work, caches; and what a config lacks.
+
+    Exit code 1 if something that is needed is not there. What can be downloaded `fastgen prefetch` downloads.
+    """
+    from .config import override, read
+
+    tree = override(read(find_config(config)), overrides or []) if config else None
+    from .doctor import findings, missing
 
     rows = findings()
+    if tree is not None:
+        from .recipe import decode
+
+        rows += missing(decode(tree, str(config)), str(config))
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
     else:
@@ -885,16 +977,17 @@ def say(text: str) -> None:
 
 
 def is_main() -> bool:
-    """Whether this is the main process; to be asked after ``accelerate.PartialState()`` has been made."""
+    """Whether this is the main process; to be asked after ``parallel.device()``."""
     from . import parallel
 
     return parallel.rank() == 0
 
 
 def main() -> None:
-    """Run the command line: exit code 2 for bad input, 3 if ``health.stop`` ended a run, 1 for what else failed.
+    """Run the command line, with no traceback unless --debug.
 
-    No traceback unless --debug.
+    Exit codes: 0 done, 1 failed, 2 bad input, 3 ended by ``health.stop``, 75 training that was asked to stop and goes
+    on by the same command, 130 Ctrl-C elsewhere, or twice, and 143 so for SIGTERM.
     """
     usage: Any = typer.BadParameter.__mro__[1]  # UsageError, of click or of the click within newer typers
     code: Any = 0
@@ -913,14 +1006,15 @@ def main() -> None:
             raise
         fail(*explained(error))
     if code == 130:  # newer typers catch Ctrl-C themselves
-        fail("interrupted; the newest checkpoint is whole", 130)
+        fail("interrupted; what was written before is whole", 130)
     if code:
         sys.exit(code)
 
 
-def fail(text: str, code: int) -> NoReturn:
-    """One line on stderr, whatever the text's own lines, and out."""
-    typer.echo(f"fastgen: {' '.join(text.split())}", err=True)
+def fail(text: str, code: int, once: bool = False) -> NoReturn:
+    """One line on stderr, whatever the text's own lines, and out. once: from the main process only."""
+    if not once or is_main():
+        typer.echo(f"fastgen: {hidden(' '.join(text.split()))}", err=True)
     sys.exit(code)
 
 
@@ -929,12 +1023,15 @@ def explained(error: Exception) -> tuple[str, int]:
     if isinstance(error, ValueError):
         return str(error), 2
     if isinstance(error, OSError):
-        return f"{error.filename or 'i/o'}: {error.strerror}" if error.strerror else str(error), 1
+        names = FileNotFoundError | NotADirectoryError | IsADirectoryError | FileExistsError
+        told = f"{error.filename or 'i/o'}: {error.strerror}" if error.strerror else str(error)
+        return told, 2 if isinstance(error, names) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else 1
     from .engine import NonFiniteLoss
     from .export import ExportError
     from .health import Unhealthy
+    from .interrupt import ProcessGone
 
-    if isinstance(error, NonFiniteLoss | ExportError):
+    if isinstance(error, NonFiniteLoss | ExportError | ProcessGone):
         return str(error), 1
     if isinstance(error, Unhealthy):
         return str(error), 3

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import textwrap
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-import yaml
+from .plain import from_yaml, hidden
 
 T = TypeVar("T")
 Tree = dict[str, Any]
@@ -77,11 +78,9 @@ def read(path: str | Path, seen: tuple[Path, ...] = ()) -> Tree:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}:{line} is not valid YAML: {getattr(error, 'problem', error)}") from None
+        tree = from_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
@@ -89,8 +88,9 @@ def read(path: str | Path, seen: tuple[Path, ...] = ()) -> Tree:
     bases = tree.pop("base", [])
     if isinstance(bases, str):
         bases = [bases]
-    if not isinstance(bases, list) or not all(isinstance(b, str) for b in bases):
+    if not isinstance(bases, list) or not all(isinstance(b, str) and "\0" not in b for b in bases):
         raise ConfigError(f"{path}: base must be a list of paths, got {bases!r}")
+    check_secrets(tree, str(path))
     merged: Tree = {}
     for base in bases:
         merged = merge(merged, read(path.parent / base, (*seen, path.resolve())))
@@ -113,13 +113,29 @@ def override(tree: Tree, assignments: Sequence[str]) -> Tree:
         if not equals or not all(key.split(".")):
             raise ConfigError(f"override {text!r} is not of the form key.key=value")
         try:
-            patch: Any = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ConfigError(f"override {text!r}: {value!r} is not valid YAML") from None
+            patch: Any = from_yaml(value)
+        except ValueError as error:
+            raise ConfigError(f"override {text!r}: {value!r} {str(error).removeprefix('line 1 ')}") from None
+        check_secrets(patch, "override", key)
         for part in reversed(key.split(".")):
             patch = {part: patch}
         tree = merge(tree, patch)
     return tree
+
+
+def check_secrets(tree: Any, where: str, key: str = "") -> None:
+    """Raise ConfigError, naming the key and not the value, if a text in a tree has a token or a login in it.
+
+    A run's config is copied into its folder, report and model card.
+    """
+    if isinstance(tree, str) and hidden(tree) != tree:
+        raise ConfigError(
+            f"{where}: {key} holds a token or a login, which would be copied with the config; leave it out and log in "
+            "by the environment, as HF_TOKEN"
+        )
+    inner = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list | tuple) else ()
+    for name, value in inner:
+        check_secrets(value, where, _join(key, str(name)))
 
 
 def decode(cls: type[T], tree: Any, where: str, key: str = "", defaults: T | None = None) -> T:
@@ -225,17 +241,29 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
 def _scalar(hint: type, value: Any, where: str, key: str) -> Any:
     if hint is bool and isinstance(value, bool):
         return value
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+    if hint is int and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         return value
     if hint is float and not isinstance(value, bool):
         # PyYAML reads 1e-5, without a dot, as a string
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if math.isfinite(number):
             return number
-    if hint is str and isinstance(value, str):
+    if hint is str and isinstance(value, str) and "\0" not in value:
         return value
     names = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
-    raise ConfigError(f"{where}: {key} must be {names.get(hint, hint.__name__)}, got {value!r}")
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        names[int] = "a whole number of 64 bits"
+    if hint is str and isinstance(value, str):
+        names[str] = "text without NUL"
+    raise ConfigError(f"{where}: {key} must be {names.get(hint, hint.__name__)}, got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """A value as a message has it."""
+    try:
+        return textwrap.shorten(repr(value), 200, placeholder=" ...")
+    except ValueError:  # a number of more digits than Python prints
+        return "a number of thousands of digits"

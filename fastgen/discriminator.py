@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from . import parallel
 from .denoiser import Cond, Denoiser
 from .experts import Experts
 from .lora import plain
@@ -39,14 +40,17 @@ def features(denoiser: Denoiser, blocks: Sequence[str], x_t: Tensor, t: Tensor, 
                 f"no block {name!r} in {type(plain(denoiser.network)).__name__}; its children are: {known}"
             )
     found: dict[str, Tensor] = {}
+    split = bool(parallel.units(network))
 
     def hook(name: str) -> Callable[[nn.Module, object, object], None]:
         def keep(module: nn.Module, inputs: object, output: object) -> None:
             read = denoiser.read(output, x_t)
             if not isinstance(read, Tensor):
                 raise ValueError(f"block {name!r} gives {type(read).__name__}, not a tensor; choose another block")
-            found[name] = read.float()
-            if len(found) == len(set(blocks)):
+            # of a split network no gradient is to be taken at the block's own output, which would free its weights
+            found[name] = read.float().clone() if split else read.float()
+            # a network that is split over processes keeps account of its passes, which end in order only as a whole
+            if len(found) == len(set(blocks)) and not split:
                 raise _Enough
 
         return keep

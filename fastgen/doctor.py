@@ -1,16 +1,23 @@
-"""What this machine has that fastgen needs or can use."""
+"""What this machine has that fastgen needs or can use, and what a training would lack here."""
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import platform
+import shutil
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
+from torch import nn
 
-from . import lpips
+from . import attention, lpips, prefetch, tracking
+from . import recipe as recipes
+from .recipe import Model, Recipe
 
 NEEDED = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "PyYAML")
 OPTIONAL = {
@@ -19,8 +26,15 @@ OPTIONAL = {
     "torchvision": "eval",
     "xformers": "xformers",
     "wandb": "wandb",
+    "trackio": "trackio",
     "bitsandbytes": "8bit",
+    "datasets": "hf",
 }
+"""Package -> the extra of fastgen-diffusion that brings it."""
+NETWORKS = ("unet", "transformer", "transformer_2")
+"""Folders of a pipeline that hold what is trained."""
+MOMENTS = 2
+"""Numbers that an optimizer keeps for each weight, as most do."""
 
 
 def findings() -> list[dict[str, Any]]:
@@ -41,7 +55,10 @@ def findings() -> list[dict[str, Any]]:
             rows.append(_row(f"cuda:{i}", found, True, False))
     else:
         rows.append(_row("cuda", "no device; everything runs on the CPU", False, False))
+    if torch.backends.mps.is_available():
+        rows.append(_row("mps", "Apple's GPU", True, False))
     rows.append(_row("bfloat16 products", _bfloat16(), True, False))
+    rows += [kernel(name) for name in get_args(get_type_hints(Model)["attention"]) if name != "auto"]
     for part in ("sprites/index.jsonl", "teacher/model_index.json", "clip/config.json"):
         path = Path(__file__).parent / "emoji" / "assets" / part
         found = str(path) if path.is_file() else f"{path} is missing; reinstall fastgen"
@@ -49,9 +66,137 @@ def findings() -> list[dict[str, Any]]:
     file = lpips.locate("")
     found = str(file) if file.is_file() else f"{file} is missing; `python -m fastgen.lpips` writes it"
     rows.append(_row("LPIPS's weights", found, file.is_file(), False))
-    for name in ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE"):
+    weights: Any = importlib.import_module("fastgen.evaluation.weights")
+    hub: Any = importlib.import_module("huggingface_hub.constants")
+    rows.append(_row("Hub's cache", _folder(Path(hub.HF_HUB_CACHE)), True, False))
+    rows.append(_row("metrics' weights", _folder(weights.home()), True, False))
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "FASTGEN_WEIGHTS_DIR"):
         rows.append(_row(name, os.environ.get(name, "not set"), True, False))
     return rows
+
+
+def kernel(name: str) -> dict[str, Any]:
+    """Whether an attention kernel works here, tried on a small input."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        attention.set_attention([], name, device)
+    except ValueError as error:
+        reason = str(error).partition("(")[2].rpartition(")")[0]
+        return _row(f"attention {name}", f"does not work: {reason or error}", False, False)
+    return _row(f"attention {name}", f"works on {device.type}", True, False)
+
+
+# What a training needs
+
+
+def missing(recipe: Recipe, config: str) -> list[dict[str, Any]]:
+    """Rows for what a recipe names: pipelines, data, weights, packages, kernels, room for checkpoints.
+
+    config: as it was given, for remedies.
+    """
+    rows = [of_need(need, config) for need in prefetch.needs(recipe)]
+    names = [(f"run.trackers {name}", tracking.PACKAGES[name]) for name in recipe.run.trackers if name != "jsonl"]
+    if recipe.data.name == "hf":
+        names.append(("data.source hf", "datasets"))
+    for key, package in dict(names).items():
+        version = _version(package)
+        extra = f"'fastgen-diffusion[{OPTIONAL[package]}]'" if package in OPTIONAL else package
+        found = f"{package} {version}" if version else f"{package} is not installed; pip install {extra}"
+        rows.append(_row(key, found, version is not None, True))
+    rows += [of_optimizer(role, optim.name) for role, optim in recipe.optim.items()]
+    if recipe.model.attention != "auto":
+        rows.append({**kernel(recipe.model.attention), "what": "model.attention", "needed": True})
+    return [*rows, *of_disk(recipe)]
+
+
+def of_need(need: prefetch.Need, config: str) -> dict[str, Any]:
+    """A file, folder or Hub id that is named."""
+    if need.there:
+        return _row(need.key, need.path, True, True)
+    if need.hub and need.downloads:
+        hub: Any = importlib.import_module("huggingface_hub")
+        try:
+            return _row(
+                need.key, hub.snapshot_download(need.path, repo_type=need.hub, local_files_only=True), True, True
+            )
+        except Exception:  # of several kinds: it is not in the cache
+            pass
+    remedy = f"`fastgen prefetch {config}` downloads it" if need.downloads else need.remedy
+    return _row(need.key, f"{need.path} is missing; {remedy}", False, True)
+
+
+def of_optimizer(role: str, name: str) -> dict[str, Any]:
+    """Whether an optimizer is there, made once for one number."""
+    from . import optimizers
+
+    kind = optimizers.KINDS[name]
+    try:
+        kind.make([nn.Parameter(torch.zeros(1, 1))], {"lr": 1e-3, **kind.defaults})
+    except Exception as error:  # of several libraries
+        reason = " ".join((str(error) or type(error).__name__).split())[:120]
+        return _row(f"optim.{role}", f"{name} does not work ({reason}); it needs {kind.needs}", False, True)
+    return _row(f"optim.{role}", name, True, True)
+
+
+def of_disk(recipe: Recipe) -> Iterator[dict[str, Any]]:
+    """Whether the run folder can be written, and has room for the checkpoints and the pipeline.
+
+    About as much as the weights of each role that is trained whole, in fp32 with what optimizers and averages keep,
+    for ``run.keep`` checkpoints, the one that is being written and the best.
+    """
+    run, out = recipe.run, Path(recipe.run.out).absolute()
+    place = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        yield _row("run.out", f"{place} cannot be written; set another run.out", False, True)
+        return
+    free = shutil.disk_usage(place).free
+    teacher = Path(recipes.locate(recipe.model.path))
+    count = sum(weights_in(teacher / name) for name in NETWORKS)
+    if recipe.student.lora or not count:
+        why = "adapters are small" if recipe.student.lora else "the teacher's weights are not here to be counted"
+        yield _row("disk", f"{_size(free)} free in {place}; {why}", True, False)
+        return
+    roles = sum(role != "discriminator" for role in recipe.optim)  # which is a head on another's features
+    each = 4 * count * (roles * (1 + MOMENTS) + bool(run.ema))
+    kept = run.keep + 1 + bool(run.keep_best)
+    need = kept * each + sum(file.stat().st_size for file in teacher.rglob("*") if file.is_file())
+    told = (
+        f"{_size(free)} free in {place}, about {_size(need)} needed: {kept} checkpoints of {_size(each)}, a pipeline"
+    )
+    remedy = "" if free > need else "; make room, or set run.out or run.keep"
+    yield _row("disk", told + remedy, free > need, True)
+
+
+def weights_in(folder: Path) -> int:
+    """Numbers in a folder's safetensors files, by their headers; of several variants the largest."""
+    counts: dict[str, int] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as opened:
+            try:
+                header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+            except (ValueError, MemoryError, OverflowError):  # no weights; a training says so
+                continue
+        shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+        variant = file.name.split(".", 1)[1].partition("-")[0]
+        counts[variant] = counts.get(variant, 0) + sum(torch.Size(shape).numel() for shape in shapes)
+    return max(counts.values(), default=0)
+
+
+def _folder(path: Path) -> str:
+    """A folder with its size, links within it counted once."""
+    if not path.is_dir():
+        return f"{path}, empty"
+    size = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            file = Path(folder) / name
+            if not file.is_symlink():
+                size += file.stat().st_size
+    return f"{path}, {_size(size)}"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def _row(what: str, found: str, ok: bool, needed: bool) -> dict[str, Any]:

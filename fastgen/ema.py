@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from . import parallel
 from .denoiser import Denoiser
 
 
@@ -34,20 +35,25 @@ class Target:
     def follow(self) -> None:
         """After an update: decay target + (1 - decay) student."""
         for network in self.networks.values():
-            torch._foreach_lerp_(list(network.parameters()), list(self.student.network.parameters()), 1 - self.decay)
+            own, student = ([parallel.local(p) for p in each.parameters()] for each in (network, self.student.network))
+            torch._foreach_lerp_(own, student, 1 - self.decay)
 
 
 class EMA:
-    """Averages in float32; the decay warms up as min(decay, (1 + n) / (10 + n)) so that the start is forgotten."""
+    """Averages in float32; the decay warms up as min(decay, (1 + n) / (10 + n)) so that the start is forgotten.
+
+    Of weights that are split over the processes each averages its own.
+    """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         """Follow the parameters of ``network`` that require gradients now. decay: in [0, 1)."""
         self.decay = decay
         self.updates = 0
+        self._network = network
         self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ValueError("no parameter of this network learns; make its average before the engine freezes it")
-        self.average = {name: p.detach().float().clone() for name, p in self.parameters.items()}
+        self.average = {name: parallel.local(p.detach()).float().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -55,13 +61,15 @@ class EMA:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(
-            list(self.average.values()), [p.detach().float() for p in self.parameters.values()], 1 - decay
+            list(self.average.values()),
+            [parallel.local(p.detach()).float() for p in self.parameters.values()],
+            1 - decay,
         )
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within the block the network holds the averaged weights."""
-        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        kept = {name: parallel.local(p.detach()).clone() for name, p in self.parameters.items()}
         self._write(self.average)
         try:
             yield
@@ -71,4 +79,5 @@ class EMA:
     @torch.no_grad()
     def _write(self, values: Mapping[str, Tensor]) -> None:
         for name, p in self.parameters.items():
-            p.copy_(values[name])
+            parallel.local(p).copy_(values[name])
+        parallel.reshard(self._network)

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import parallel
-from .config import option
+from . import optimizers, parallel
 from .method import Batch, Phase, Trainable
+from .offload import Host, Offload
+from .optimizers import Optim
 from .rng import Noise
 
 Logs = dict[str, float]
@@ -30,28 +30,6 @@ class Data(Protocol):
     def batch(self, samples: Sequence[int]) -> Batch:
         """samples: global indices, [B], unbounded; the source wraps round and shuffles as it likes."""
         ...
-
-
-@dataclass(frozen=True)
-class Optim:
-    """The optimizer of one role."""
-
-    lr: float = option(1e-5, "learning rate after warm-up", above=0)
-    name: Literal["adamw", "adamw8bit"] = option("adamw", "adamw8bit needs the extra [8bit] and CUDA")
-    betas: tuple[float, float] = option((0.9, 0.999), "decay of the first and second moment")
-    weight_decay: float = option(0.01, "decoupled weight decay", low=0)
-    eps: float = option(1e-8, "added to the denominator", above=0)
-    schedule: Literal["constant", "linear", "cosine"] = option("constant", "how lr goes on after warm-up")
-    warmup: int = option(0, "steps over which lr rises from 0", low=0)
-    clip: float = option(10.0, "largest gradient norm; 0 is off", low=0)
-
-    def lr_at(self, step: int, steps: int) -> float:
-        """The learning rate of step number ``step`` (from 0) in a run of ``steps``."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        progress = min(1.0, (step - self.warmup) / max(1, steps - self.warmup))
-        fall = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-        return self.lr * fall[self.schedule]
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -81,6 +59,7 @@ class Engine:
         self.method, self.data, self.steps, self.seed = method, data, steps, seed
         self.batch_size, self.accumulate, self.device = batch_size, accumulate, torch.device(device)
         self.noise: MakeNoise = Noise
+        self.offload = Offload(Host(self.device))  # of nothing
         roles = sorted({role for phase in method.phases for role in phase.trains})
         for role in roles:
             if role not in method.networks:
@@ -103,7 +82,7 @@ class Engine:
                 raise ValueError(f"{role!r} has no trainable parameter")
             parallel.broadcast(method.networks[role])
         self.optim = dict(optim)
-        self.optimizers = {role: _optimizer(optim[role], self.parameters[role].values()) for role in roles}
+        self.optimizers = {role: optimizers.make(optim[role], self.parameters[role].values()) for role in roles}
         self.scalers = {p.name: torch.amp.GradScaler(self.device.type, enabled=fp16) for p in method.phases}
         for network in method.networks.values():
             network.requires_grad_(False).eval()
@@ -133,6 +112,7 @@ class Engine:
             self.scalers[phase.name].scale(loss).backward()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach().sum() / count
+        self.reshard()
         norms = self.gradient_norms(phase)
         names = [*sums, *(f"{role}.grad_norm" for role in norms)]
         reduced = parallel.sum_over_processes(torch.stack([v.double() for v in sums.values()]))
@@ -154,10 +134,18 @@ class Engine:
 
     def train_only(self, roles: Sequence[str]) -> None:
         """Let these roles learn, and no other."""
+        self.reshard()
+        self.offload.turn(roles)
         for role, parameters in self.parameters.items():
             self.method.networks[role].train(role in roles)
             for p in parameters.values():
                 p.requires_grad_(role in roles)
+
+    def reshard(self) -> None:
+        """Drop what was put together of networks that are split over the processes, or brought of those that wait."""
+        self.offload.rest()
+        for network in self.method.networks.values():
+            parallel.reshard(network)
 
     def gradient_norms(self, phase: Phase) -> dict[str, Tensor]:
         """Sum the gradients over processes, undo the loss scale; their norms by role."""
@@ -168,7 +156,7 @@ class Engine:
                 raise ValueError(f"the loss of phase {phase.name!r} reaches no parameter of {role!r}, which it trains")
             parallel.sum_gradients(parameters)
             self.scalers[phase.name].unscale_(self.optimizers[role])
-            norms[role] = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            norms[role] = parallel.total_norm([p.grad for p in parameters if p.grad is not None])
         return norms
 
     def clip(self, phase: Phase, norms: Mapping[str, Tensor], known: Mapping[str, float]) -> None:
@@ -177,14 +165,14 @@ class Engine:
             largest = self.optim[role].clip
             # elsewhere the factor is 1, and a pass over all gradients for nothing; 1e-6 is the divisor's own
             if largest and not known[role] + 1e-6 <= largest:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters[role].values(), largest, norms[role])
+                found = [parallel.local(p.grad) for p in self.parameters[role].values() if p.grad is not None]
+                torch._foreach_mul_(found, (largest / (norms[role] + 1e-6)).clamp(max=1.0))
 
     def update(self, phase: Phase, step: int) -> None:
         """Move the weights of the roles that the phase trains by their gradients, and drop these."""
         scaler = self.scalers[phase.name]
         for role in phase.trains:
-            for group in self.optimizers[role].param_groups:
-                group["lr"] = self.optim[role].lr_at(step, self.steps)
+            optimizers.set_lr(self.optimizers[role], self.optim[role].lr_at(step, self.steps))
             scaler.step(self.optimizers[role])
             self.optimizers[role].zero_grad(set_to_none=True)
         scaler.update()
@@ -202,22 +190,3 @@ class Engine:
             f"not finite at step {step}, phase {phase.name!r}: {shown}; "
             "the optimizer has not moved; lower the learning rate or resume from an earlier checkpoint"
         )
-
-
-def _optimizer(config: Optim, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    settings: dict[str, Any] = {
-        "lr": config.lr,
-        "betas": config.betas,
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
-    }
-    if config.name == "adamw8bit":
-        try:
-            import bitsandbytes
-        except ImportError:
-            raise ValueError(
-                "optimizer 'adamw8bit' needs bitsandbytes; pip install 'fastgen-diffusion[8bit]'"
-            ) from None
-        made: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(list(parameters), **settings)
-        return made
-    return torch.optim.AdamW(list(parameters), fused=True, **settings)

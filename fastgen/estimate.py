@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import logging
 import math
 import warnings
@@ -43,6 +42,8 @@ from .experts import members
 from .family import Family
 from .guidance import student_guidance, with_guidance
 from .method import Batch, Method, NeedsPairs, Phase
+from .optimizers import KINDS, Optim
+from .plain import from_json
 from .recipe import Model, Recipe
 from .train import Session, family_of, fix_scale, method_of
 
@@ -194,7 +195,7 @@ def shipped() -> dict[Path, Shipped]:
     """Folder -> what is said of it, of every model whose configuration files ship with fastgen."""
     root = Path(str(importlib.import_module("fastgen.configs").__path__[0]))
     files = sorted(root.glob("*/*/about.json"))
-    return {p.parent: config.decode(Shipped, json.loads(p.read_text(encoding="utf-8")), str(p)) for p in files}
+    return {p.parent: config.decode(Shipped, from_json(p.read_text(encoding="utf-8")), str(p)) for p in files}
 
 
 def folder_of(model: Model) -> tuple[Path, Shipped | None]:
@@ -219,7 +220,7 @@ def opened(folder: Path) -> Any:
     """
     index = folder / "model_index.json"
     try:
-        parts: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
+        parts: dict[str, Any] = from_json(index.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{index}: cannot be read ({error})") from None
     import diffusers
@@ -245,7 +246,7 @@ def component(folder: Path, library: str, name: str) -> Any:
         return found.from_pretrained(str(folder)) if folder.is_dir() else None
     from transformers import AutoConfig
 
-    tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tree = from_json((folder / "config.json").read_text(encoding="utf-8"))
     return found(found.config_class.from_dict(tree) if found.config_class else AutoConfig.for_model(**tree))
 
 
@@ -301,7 +302,7 @@ def build(recipe: Recipe, device: Device, here: torch.device) -> Session:
     family, method, used = method_of(replace(recipe, model=model), family, here)
     data: Any = Given(family, method, cond, here)
     ema = {method.exported: EMA(method.networks[method.exported], run.ema)} if run.ema else {}
-    optim = {role: replace(optim, name="adamw") for role, optim in recipe.optim.items()}
+    optim = {role: o if KINDS[o.name].is_torch else Optim(o.lr) for role, o in recipe.optim.items()}
     engine = Engine(method, data, optim, batch_size=run.batch_size, steps=run.steps, device=here)
     return Session(recipe, here, family, method, data, data, engine, ema, used)
 
@@ -333,13 +334,17 @@ def warm(engine: Engine) -> None:
         engine.optimizers[role].zero_grad(set_to_none=True)
 
 
-def eight_bit(parameters: Iterable[Tensor]) -> int:
-    """Bytes that bitsandbytes' AdamW8bit holds, by its documentation: it is not asked.
+def fewer_bits(parameters: Iterable[Tensor], moments: tuple[int, float]) -> int:
+    """Bytes that an optimizer of bitsandbytes or torchao holds, by their documentation: they are not asked.
 
-    Two moments of a byte each, with a scale of 4 bytes for 256 numbers; in float32 for tensors below 4096 numbers.
+    moments: how many it keeps, and bytes of a number in each, of which 256, in half a byte 128, share a scale of 4
+    bytes, unless they are of 4 bytes themselves, as those of tensors below 4096 numbers always are.
     """
+    count, width = moments
+    block = 256 if width >= 1 else 128
     sizes = [p.numel() for p in parameters]
-    return sum(2 * (n + 4 * math.ceil(n / 256)) if n >= 4096 else 8 * n for n in sizes)
+    held = (4 * n if width == 4 or n < 4096 else width * n + 4 * math.ceil(n / block) for n in sizes)
+    return round(count * sum(held))
 
 
 @contextlib.contextmanager
@@ -387,9 +392,11 @@ def estimate(recipe: Recipe, device: Device = "cuda") -> dict[str, Any]:
                 average.update()
         peak = ledger.peak
         parts = memory.held(session)
-        for role in [role for role, optim in recipe.optim.items() if optim.name == "adamw8bit"]:
+        for role in [role for role, optim in recipe.optim.items() if not KINDS[optim.name].is_torch]:
             states = [t for state in engine.optimizers[role].state.values() for t in state.values()]
-            saved = memory.size(states, set()) - eight_bit(engine.parameters[role].values())
+            saved = memory.size(states, set()) - fewer_bits(
+                engine.parameters[role].values(), KINDS[recipe.optim[role].name].moments
+            )
             parts["optimizer"] -= saved
             peak -= saved
         image = call_flops(session, ledger)

@@ -26,6 +26,7 @@ from .checkpoint import atomic_folder
 from .family import Family
 from .guidance import with_guidance
 from .lora import fused
+from .plain import from_json
 from .rng import seed_of
 from .sampling import Sampler, sample_student
 
@@ -315,7 +316,7 @@ def _add_variant(folder: Path, variant: str) -> None:
         rounded = {k: v.to(VARIANTS[variant]) if v.is_floating_point() else v for k, v in load_file(file).items()}
         save_file(rounded, file.with_name(_variant_name(file.name, variant)), metadata)
     for index in list(folder.rglob("*.safetensors.index.json")):  # of a network in several files
-        tree = json.loads(index.read_text(encoding="utf-8"))
+        tree = from_json(index.read_text(encoding="utf-8"))
         tree["weight_map"] = {name: _variant_name(file, variant) for name, file in tree["weight_map"].items()}
         name = f"{index.name.removesuffix('.json')}.{variant}.json"
         index.with_name(name).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
@@ -387,7 +388,7 @@ def _on_base(
 
     names = [file.stem for file in files]
     try:
-        stock = DiffusionPipeline.from_pretrained(base, dtype=torch.float32).to(made.device)
+        stock = DiffusionPipeline.from_pretrained(base, dtype=torch.float32, use_safetensors=True).to(made.device)
         stock.scheduler = made.scheduler
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)  # of each further file
@@ -457,10 +458,10 @@ def check_pipeline(path: str | Path, *wanted: str) -> None:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such pipeline folder")
     try:
-        parts = json.loads(index.read_text(encoding="utf-8"))
+        parts = from_json(index.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{folder}: not a Diffusers pipeline (no model_index.json)") from None
-    except ValueError:
+    except (OSError, ValueError):
         raise ValueError(f"{index}: not valid JSON; save the pipeline again") from None
     if not isinstance(parts, dict):
         raise ValueError(f"{index}: not the index of a pipeline; save the pipeline again")
@@ -469,7 +470,7 @@ def check_pipeline(path: str | Path, *wanted: str) -> None:
         classes = " or a ".join(wanted)
         raise ValueError(f"{folder}: is a {found}, this family takes a {classes}; change model.family or model.path")
     for name, value in parts.items():
-        is_component = isinstance(value, list) and len(value) == 2 and value[0] is not None
+        is_component = isinstance(value, list) and len(value) == 2 and value[0] is not None and name[:1] != "_"
         if is_component and not (folder / name).is_dir():
             raise ValueError(f"{folder}: the pipeline lacks its component {name!r}; save or download it again")
         if is_component and wanted and (folder / name / f"{value[0]}.py").is_file():
@@ -541,7 +542,18 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
                     f"{file}: is not this fastgen's code; read it, and if you trust it pass trust_remote_code=True"
                 )
         kwargs = {"trust_remote_code": True} | kwargs
-    return DiffusionPipeline.from_pretrained(path, **kwargs)
+    return whole(DiffusionPipeline.from_pretrained(path, **{"use_safetensors": True} | kwargs), path)
+
+
+def whole(pipeline: Any, path: str | Path) -> Any:
+    """The pipeline itself. Raises ValueError if its files lacked some of its weights, which are then nowhere."""
+    for name, part in pipeline.components.items():
+        lacking = [key for key, p in part.named_parameters() if p.is_meta] if isinstance(part, torch.nn.Module) else []
+        if lacking:
+            raise ValueError(
+                f"{path}: the files of its {name} lack {len(lacking)} weights, as {lacking[0]}; download it again"
+            )
+    return pipeline
 
 
 def load(path: str | Path, **kwargs: Any) -> Any:
@@ -578,5 +590,16 @@ def read_card(folder: Path) -> dict[str, Any]:
     path = folder / CARD
     if not path.is_file():
         return {}
-    card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return card
+    try:
+        card = from_json(path.read_text(encoding="utf-8"))
+        if not isinstance(card, dict):
+            raise ValueError("it is no object")
+        for name in ("num_inference_steps", "height", "width"):
+            if card.get(name) is not None and (type(card[name]) is not int or card[name] < 1):
+                raise ValueError(f"{name} is {card[name]!r}")
+        for name, kind in (("method", str), ("call", dict)):
+            if not isinstance(card.get(name, kind()), kind):
+                raise ValueError(f"{name} is {card[name]!r}")
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); export the pipeline again") from None
+    return dict(card)

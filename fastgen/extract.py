@@ -7,7 +7,6 @@ singular values. A convolution's kernel is the matrix of all inputs it reads.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import config, export, lora, publish, registry
+from . import config, export, lora, parallel, publish, registry
 from . import recipe as recipes
 from .card import Facts, model_card
 from .family import Family
+from .plain import from_json
 from .recipe import DTYPES
 from .train import USE, family_of
 
@@ -174,9 +174,7 @@ def extract(base: str, student: str, folder: Path, options: Options) -> Kept:
     what the same sums in the weights give. student: a pipeline folder of its family, or one of its component alone.
     Raises ValueError, or ExportError if the gate does not pass.
     """
-    from accelerate import PartialState
-
-    device, place = PartialState().device, recipes.locate(base)
+    device, place = parallel.device(), recipes.locate(base)
     publish.base_of(base, options.licence)  # a licence that does not fit is told before the work
     module = family_of(place)
     export.check_pipeline(place, *module.ABOUT.pipelines)
@@ -188,7 +186,7 @@ def extract(base: str, student: str, folder: Path, options: Options) -> Kept:
         raise ValueError(f"{base}: is of several experts, of which no difference is taken; name a base of one network")
     theirs = network_folder(Path(place), family.component)
     ours = network_folder(Path(recipes.locate(student)), family.component)
-    kinds = [json.loads((part / "config.json").read_text(encoding="utf-8"))["_class_name"] for part in (theirs, ours)]
+    kinds = [from_json((part / "config.json").read_text(encoding="utf-8"))["_class_name"] for part in (theirs, ours)]
     if kinds[0] != kinds[1]:
         raise ValueError(
             f"{student}: its network is a {kinds[1]}, that of {base} a {kinds[0]}; name two of one family"
@@ -244,10 +242,10 @@ def together(base: str, student: Path, network: Path, component: str) -> Any:
     import diffusers
 
     with export.opening(student):
-        kind = json.loads((network / "config.json").read_text(encoding="utf-8"))["_class_name"]
+        kind = from_json((network / "config.json").read_text(encoding="utf-8"))["_class_name"]
         parts = {component: getattr(diffusers, kind).from_pretrained(network, dtype=torch.float32)}
         if (student / "scheduler").is_dir():
-            tree = json.loads((student / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+            tree = from_json((student / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
             parts["scheduler"] = getattr(diffusers, tree["_class_name"]).from_pretrained(student / "scheduler")
         return export.from_pretrained(base, dtype=torch.float32, **parts)
 

@@ -21,6 +21,7 @@ from torch.nn.functional import cosine_similarity
 
 from .checkpoint import write_text
 from .denoiser import Cond, Denoise, guided, unconditional
+from .plain import from_json
 from .prediction import Kind, Prediction
 from .sampling import Sampler, ddim, sample, sample_student
 from .schedule import Level, Schedule
@@ -215,7 +216,7 @@ class Coefficients:
 def read_coefficients(path: Path) -> Coefficients:
     """What ``Coefficients.save`` wrote. Raises ValueError, naming the file."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = from_json(path.read_text(encoding="utf-8"))
         weights = {int(step): tuple(map(float, row)) for step, row in tree["weights"].items()}
         return Coefficients(float(tree["guidance_scale"]), tuple(map(float, tree["times"])), weights)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

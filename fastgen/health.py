@@ -37,6 +37,7 @@ from .config import option
 from .engine import Engine
 from .experts import Experts, members
 from .method import Batch, Phase, Terms
+from .plain import from_json
 
 FILE = "health.json"
 """The teacher's numbers in the run folder, so that its images are made once."""
@@ -148,7 +149,7 @@ def ratio(one: float, other: float) -> float:
 def known_look(file: Path, made_of: Mapping[str, Any]) -> Look | None:
     """The teacher's look as ``keep_look`` wrote it; None if there is none, or of images made otherwise."""
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
+        kept = from_json(file.read_text(encoding="utf-8"))
         return Look(**kept["teacher"]) if kept["made_of"] == made_of else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

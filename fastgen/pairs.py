@@ -26,11 +26,12 @@ from .data import Source
 from .data.pairs import CARD, DTYPES, Card, fingerprint, open_shard, prompts_digest, read_card, write_card, write_shard
 from .denoiser import Cond, Denoise, guided
 from .family import Family
+from .progress import progress
 from .recipe import Chosen, Model
 from .rng import Noise
 from .sampling import ddim, ddim_times, sample
 from .schedule import Schedule
-from .train import at_own_scale, check_guided_once, load_teacher, progress
+from .train import at_own_scale, check_guided_once, load_teacher
 
 log = logging.getLogger("fastgen")
 
@@ -108,9 +109,7 @@ def check_path(schedule: Schedule, num_steps: int, path: Sequence[float]) -> Non
 
 def make(recipe: Recipe, device: torch.device | None = None) -> int:
     """Make the pairs that are not there yet, and return how many that were. Raises ValueError."""
-    from accelerate import PartialState
-
-    device, chosen = device or PartialState().device, recipe.pairs
+    device, chosen = device or parallel.device(), recipe.pairs
     check_guided_once(recipe.model, config.encode(chosen), "pairs")
     family, module = load_teacher(recipe.model, chosen.precision, device)
     check_guided_once(at_own_scale(recipe.model, family), config.encode(chosen), "pairs")

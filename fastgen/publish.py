@@ -13,12 +13,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from . import calls, export
 from . import recipe as recipes
 from .card import HUB_LICENCES, Base, Call, Form, Licence, Results, licence_called, public
 from .checkpoint import atomic_file
+from .plain import from_json, from_yaml
 from .recipe import Recipe
 
 log = logging.getLogger("fastgen")
@@ -108,8 +107,8 @@ def front_matter(text: str) -> Mapping[str, Any]:
     """The YAML at the head of a model card; empty if there is none that can be read."""
     found = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
     try:
-        tree = yaml.safe_load(found[1]) if found else {}
-    except yaml.YAMLError:
+        tree = from_yaml(found[1]) if found else {}
+    except ValueError:
         return {}
     return tree if isinstance(tree, dict) else {}
 
@@ -190,7 +189,7 @@ def without_paths(folder: Path) -> None:
     Diffusers, too, writes where a component came from.
     """
     for file in (folder / export.CARD, folder / "model_index.json", *folder.glob("*/config.json")):
-        own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        own = from_json(file.read_text(encoding="utf-8")) if file.is_file() else {}
         named = own | {key: _named(own[key]) for key in ("base_model", "_name_or_path") if own.get(key)}
         made = public(named) if file.name == export.CARD else named
         if made != own:

@@ -11,9 +11,9 @@ import torch
 
 from . import config, registry
 from .config import ConfigError, option
-from .engine import Optim
 from .health import Health
 from .lora import Lora
+from .optimizers import Optim
 from .students import Route
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,7 +32,12 @@ class Model:
     family: str = option("", "as `fastgen list families` names them; empty: the one of the pipeline's class")
     image_size: tuple[int, int] | None = option(None, "height and width in pixels; null: the pipeline's own", low=1)
     num_frames: int | None = option(None, "of a video; null: the pipeline's own", low=1)
-    attention: Literal["auto", "eager", "sdpa", "xformers", "flash"] = option("auto", "kernel of the attention layers")
+    attention: Literal["auto", "eager", "sdpa", "flex", "xformers", "flash", "sage"] = option(
+        "auto", "kernel of the attention layers"
+    )
+    dtype: Literal["fp32", "bf16", "fp16"] = option(
+        "fp32", "what frozen networks are held in, run.precision or fp32; what learns stays fp32"
+    )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     compile: bool = option(False, "torch.compile the networks; slow to start, faster after")
     guidance_scale: float | None = option(
@@ -81,7 +86,20 @@ class Run:
     export: Literal["last", "best"] = option("last", "checkpoint that becomes the pipeline at the end of the run")
     cache_latents: bool = option(False, "keep encoded images in memory")
     save_dtype: Literal["fp32", "fp16", "bf16"] = option("fp32", "dtype of the exported weights")
-    trackers: list[Literal["tensorboard", "wandb"]] = option([], "besides metrics.jsonl")
+    trackers: list[Literal["jsonl", "tensorboard", "trackio", "wandb"]] = option(
+        [], "besides metrics.jsonl, which is always written"
+    )
+    shard: Literal["auto", "none", "full", "zero2"] = option(
+        "auto", "split networks over processes; zero2: not their weights; auto: as `accelerate launch` is told"
+    )
+    offload: bool = option(
+        False,
+        "let optimizer states of roles that do not learn in the phase at hand, and weights that never change, wait in "
+        "host memory; slower; nothing on a CPU; not yet run on a GPU",
+    )
+    max_hours: float = option(
+        0.0, "hours of one call, which then saves and ends with exit code 75; 0: no limit", low=0
+    )
 
     def __post_init__(self) -> None:
         """Raise ValueError if the best is to be exported and no value says which it is."""

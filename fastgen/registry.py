@@ -32,11 +32,13 @@ def find(kind: str, name: str) -> ModuleType:
     """The module of a kind by its name, or by a dotted path to one elsewhere. Raises ValueError."""
     package, attribute = ROOMS[kind]
     path = name if "." in name else f"{package}.{name}"
-    try:
-        spec = importlib.util.find_spec(path)
-    except (ModuleNotFoundError, ValueError):
-        spec = None
-    module = importlib.import_module(path) if spec and name.isidentifier() | ("." in name) else None
+    spec = None
+    if all(part.isidentifier() for part in name.split(".")):
+        try:
+            spec = importlib.util.find_spec(path)
+        except (ModuleNotFoundError, ValueError):
+            pass
+    module = importlib.import_module(path) if spec else None
     if module is None or attribute not in vars(module):
         raise ValueError(f"unknown {kind} {name!r}{suggest(name, names(kind))}")
     return module

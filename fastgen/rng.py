@@ -50,17 +50,18 @@ class Noise:
 
     def _each(self, draw: Callable[[torch.Generator], Tensor], samples: Sequence[int]) -> Tensor:
         self._draws += 1
-        rows = [draw(self._generator.manual_seed(seed_of(*self.key, s, self._draws))) for s in samples]
-        return torch.stack(rows).to(self.device)
+        return torch.stack([draw(self._generator.manual_seed(seed_of(*self.key, s, self._draws))) for s in samples])
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """shape: of one sample -> standard Gaussian float32 [B, *shape]."""
-        return self._each(lambda g: torch.randn(tuple(shape), generator=g), self.samples)
+        return self._each(lambda g: torch.randn(tuple(shape), generator=g), self.samples).to(self.device)
 
     def uniform(self) -> Tensor:
         """Uniform float64 in [0, 1): [B]."""
-        return self._each(lambda g: torch.rand((), generator=g, dtype=torch.float64), self.samples)
+        found = self._each(lambda g: torch.rand((), generator=g, dtype=torch.float64), self.samples)
+        return found.to(self.device)
 
     def shared_integer(self, high: int) -> int:
         """One integer in {0, ..., high - 1}, the same for every sample, micro-batch and process of this step."""
+        # read where it was drawn: asking a GPU for it would wait for all that the GPU has to do
         return int(self._each(lambda g: torch.randint(high, (), generator=g), [_SHARED])[0])

@@ -10,12 +10,13 @@ def show(columns: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) 
     """Print a table. left: so many columns, from the first on, are words; the others are numbers."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, header_style="bold")
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < left else "right")
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*map(Text, line))  # a name may have brackets, which Rich would read as its own
     Console(width=None if sys.stdout.isatty() else 200).print(table)  # a file has no edge to break lines at
 
 

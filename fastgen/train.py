@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,12 +27,18 @@ from . import (
     config,
     export,
     health,
+    interrupt,
     lora,
+    offload,
+    optimizers,
     parallel,
+    precision,
     process,
     publish,
     registry,
     route,
+    runs,
+    sharding,
     tracking,
 )
 from . import recipe as recipes
@@ -49,7 +56,10 @@ from .engine import Engine, Logs
 from .experts import Experts, members
 from .family import Family
 from .guidance import student_guidance, with_guidance
+from .interrupt import Interrupted, ProcessGone, Watch
 from .method import Method, NeedsPairs
+from .plain import from_json
+from .progress import progress
 from .publish import Wanted
 from .recipe import DTYPES, Model, Recipe
 from .rng import Noise
@@ -60,6 +70,8 @@ log = logging.getLogger("fastgen")
 
 GRID = 16
 """Pictures in a sample grid."""
+UNLOGGED = "unlogged.json"
+"""In a run folder: values of the steps that no row of metrics.jsonl holds yet, where a run was asked to stop."""
 TEACHER_STEPS = 30
 """DDIM steps of a sample grid where a teacher is trained."""
 USE = (
@@ -90,6 +102,12 @@ class Session:
     ema: dict[str, EMA]
     attention: str
     share: route.Share | None = None
+    shard: sharding.Kind | None = None
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether this process is needed where its networks are called: the main one, or all if they are split."""
+        return parallel.rank() == 0 or self.shard is not None
 
     @property
     def shows(self) -> bool:
@@ -218,9 +236,7 @@ def check_guided_once(model: Model, options: Mapping[str, Any], section: str) ->
 
 def build(recipe: Recipe, device: torch.device | None = None) -> Session:
     """Load the teacher, make the method's networks, open the data. Raises ValueError on anything unusable."""
-    from accelerate import PartialState
-
-    device = device or PartialState().device
+    device = device or parallel.device()
     if device.type == "cpu":
         process.keep_freed_memory()
     run, model = recipe.run, recipe.model
@@ -234,8 +250,11 @@ def build(recipe: Recipe, device: torch.device | None = None) -> Session:
             "student.lora: an adapter would fit no pipeline but this teacher's at its fixed model.guidance_scale; "
             "leave out student.lora"
         )
+    shard = sharding_of(recipe)
+    check_offload(recipe)
     without = encoders_left_out(recipe)
-    family, module = load_teacher(model, run.precision, device, recipe.student.start, without)
+    own = (*without, "blocks") if shard and outlines(recipe) else without
+    family, module = load_teacher(model, run.precision, device, recipe.student.start, own)
     check_guided_once(at_own_scale(model, family), recipes.encode(recipe)["method"], "method")
     source: Source = registry.find("source", recipe.data.name).open(recipe.data.options, family.image_size)
     if isinstance(source, PairSource):
@@ -255,6 +274,8 @@ def build(recipe: Recipe, device: torch.device | None = None) -> Session:
         source.check_guidance(method.pairs_guidance_scale)
     place = share.place if share else int
     batches = Batches(source, family, method.needs_images, run.cache_latents, path_times, place)
+    if shard:
+        split(method, family, shard, device)
     ema_of = {method.exported: EMA(method.networks[method.exported], run.ema)} if run.ema else {}
     try:
         engine = Engine(
@@ -270,7 +291,65 @@ def build(recipe: Recipe, device: torch.device | None = None) -> Session:
         )
     except ValueError as error:  # its optim: does not fit the method; the engine knows no config
         raise ValueError(f"{recipe.where}: {error}" if recipe.where else str(error)) from error
-    return Session(recipe, device, family, method, source, batches, engine, ema_of, used, share)
+    if run.offload and (move := offload.way(device)):
+        engine.offload = offload.of(method, family.denoiser.network, engine.optimizers, move)
+    return Session(recipe, device, family, method, source, batches, engine, ema_of, used, share, shard)
+
+
+def sharding_of(recipe: Recipe) -> sharding.Kind | None:
+    """How the networks are to be split over the processes. Raises ValueError if the recipe has what cannot be."""
+    kind = sharding.chosen(recipe.run.shard)
+    names = [optim.name for optim in recipe.optim.values()]
+    unfit = next((n for n in names if not optimizers.KINDS[n].is_torch or n in optimizers.OF_MATRICES), "")
+    refused = {
+        "student.lora": recipe.student.lora is not None,
+        "model.compile": recipe.model.compile,
+        "run.offload": recipe.run.offload,
+        "run.precision: fp16": recipe.run.precision == "fp16",
+        f"model.dtype: {recipe.model.dtype}": recipe.model.dtype != "fp32",
+        f"the optimizer {unfit}": bool(unfit),
+    }
+    for what, is_so in refused.items():
+        if kind and is_so:
+            raise ValueError(
+                f"{recipe.where}: networks that are split over processes ({kind}) do not go with {what}; leave it "
+                "out, or set run.shard=none"
+            )
+    return kind
+
+
+def check_offload(recipe: Recipe) -> None:
+    """Raise ValueError if the recipe asks for run.offload and has what does not go with it."""
+    if not recipe.run.offload:
+        return
+    if recipe.model.compile:
+        raise ValueError("run.offload moves weights by hooks, which model.compile does not see; leave out one of them")
+    for role, optim in recipe.optim.items():
+        if not optimizers.KINDS[optim.name].is_torch:
+            raise ValueError(
+                f"run.offload moves the states of torch's own optimizers, and optim.{role}.name is {optim.name!r}; "
+                "choose adamw, or set run.offload=false"
+            )
+
+
+def outlines(recipe: Recipe) -> bool:
+    """Whether its networks may be without weights until they are split: nothing reads these before."""
+    return not recipe.student.init and recipe.data.name != "pairs"
+
+
+def split(method: Method, family: Family, kind: sharding.Kind, device: torch.device) -> None:
+    """Split all networks over the processes, also the teacher's where no role has it.
+
+    Raises ValueError for networks of several experts.
+    """
+    networks = {**method.networks, "teacher": family.denoiser.network}
+    for role, network in networks.items():
+        if isinstance(network, nn.ModuleList):
+            raise ValueError(
+                f"{role}: of several experts each process would call its own, and wait for the others for ever; set "
+                "run.shard=none"
+            )
+    sharding.shard([*method.networks.values(), family.denoiser.network], kind, device)
 
 
 def method_of(recipe: Recipe, family: Family, device: torch.device) -> tuple[Family, Method, str]:
@@ -285,7 +364,7 @@ def method_of(recipe: Recipe, family: Family, device: torch.device) -> tuple[Fam
     if method.num_steps is not None:  # a student that no pipeline can be made of is better known before the training
         family.pipeline(lora.plain(members(family.denoiser.network)[0]), method.num_steps, method.sampler)
     for network in method.networks.values():
-        network.to(device)
+        sharding.move(network, device)
     if recipe.student.lora and not adapters_of(method):
         raise ValueError(
             f"student.lora: method {recipe.method.name!r} trains {method.exported!r} without adapters; leave it out"
@@ -298,7 +377,17 @@ def method_of(recipe: Recipe, family: Family, device: torch.device) -> tuple[Fam
         )
     networks = [network for role in method.networks.values() for network in members(role)]
     denoisers: list[Any] = [n for n in networks if isinstance(lora.plain(n), kind)]
-    used = attention.set_attention([lora.plain(n) for n in denoisers], model.attention, device)
+    autocast = family.denoiser.autocast
+    used = attention.set_attention([lora.plain(n) for n in denoisers], model.attention, device, autocast)
+    exact = sorted({p.role for phase in method.phases for p in phase.passes if p.mode == "jvp"})
+    if exact and used != "eager":
+        mine = [lora.plain(n) for role in exact for n in members(method.networks[role])]
+        other = attention.for_derivatives(mine, used)
+        log.info("attention %s: exact derivatives of %s take math, its other calls %s", used, ", ".join(exact), other)
+    if model.dtype != "fp32":
+        family = held_lower(recipe, family, method, denoisers)
+    if model.gradient_checkpointing and not getattr(kind, "_supports_gradient_checkpointing", False):
+        raise ValueError(f"model.gradient_checkpointing: Diffusers' {kind.__name__} has no such switch; leave it out")
     for network in denoisers if model.gradient_checkpointing else ():
         network.enable_gradient_checkpointing()
     if model.compile and recipe.student.share_backbone:
@@ -309,6 +398,42 @@ def method_of(recipe: Recipe, family: Family, device: torch.device) -> tuple[Fam
         for network in denoisers:
             lora.plain(network).compile()
     return family, method, used
+
+
+def held_lower(recipe: Recipe, family: Family, method: Method, networks: Sequence[nn.Module]) -> Family:
+    """Hold what no phase changes in ``model.dtype``, adapters' base too; the family, whose ``whole`` takes that back.
+
+    Raises ValueError where that would change what is computed.
+    """
+    model, run = recipe.model, recipe.run
+    if model.dtype != run.precision:
+        raise ValueError(
+            f"model.dtype {model.dtype} needs run.precision {model.dtype}: networks are held in what they compute in"
+        )
+    changed = {role for phase in method.phases for role in (*phase.trains, *phase.moves)}
+    kept = [n for role in changed for n in members(method.networks[role])]
+    frozen = [*networks, *members(family.denoiser.network)]
+    saved = precision.lower(frozen, kept, DTYPES[model.dtype])
+    for p in [p for phase in method.phases for p in phase.passes if p.mode in ("jvp", "finite_differences")]:
+        if any(precision.lowered(n) for n in members(method.networks[p.role])):
+            raise ValueError(
+                f"model.dtype {model.dtype}: derivatives of {p.role} are computed in float32; set model.dtype fp32"
+            )
+    log.info("frozen weights in %s take %.1f MB less", model.dtype, saved / 1e6)
+    whole, exported = family.whole, members(method.networks[method.exported])
+
+    def source() -> list[Mapping[str, Tensor]]:
+        path = recipes.locate(recipe.student.init or model.path)
+        with export.opening(path):
+            loaded = family_of(path, model.family).load(path, torch.device("cpu"), without=("text", "vae"))
+        return [n.state_dict() for n in members(loaded.denoiser.network)]
+
+    def restored(family: Family) -> Family:
+        if count := precision.restore(exported, source):
+            log.warning("%d frozen weights are exported as rounded to %s", count, model.dtype)
+        return whole(family)
+
+    return replace(family, whole=restored)
 
 
 def encoders_left_out(recipe: Recipe) -> tuple[str, ...]:
@@ -360,8 +485,38 @@ def train(recipe: Recipe, resume: str = "auto", quick: Quick | None = None) -> P
 
     resume: "auto" goes on from the newest checkpoint of the run folder if there is one, "never" refuses to touch a
     folder with checkpoints, a path names the checkpoint. Raises ValueError, CheckpointError, NonFiniteLoss or
-    Unhealthy.
+    Unhealthy; ProcessGone if another process of it has ended; Interrupted if SIGTERM, SIGINT or ``run.max_hours`` ask
+    it to stop.
     """
+    run = Path(recipe.run.out)
+    with interrupt.watched(recipe.run.max_hours) as watch, going_on(run, watch):
+        return _train(recipe, resume, quick, watch)
+
+
+@contextlib.contextmanager
+def going_on(run: Path, watch: Watch) -> Iterator[None]:
+    """Within it a request to stop, and the end of another process, become a line that says how to go on."""
+    try:
+        yield
+    except Interrupted:
+        raise Interrupted(f"{run}: ended by {watch.reason}; {newest_of(run)}") from None
+    except Exception as error:
+        if not interrupt.of_another(error):
+            raise
+        raise ProcessGone(
+            f"{run}: another process of this training has gone, see what it said; {newest_of(run)}"
+        ) from error
+
+
+def newest_of(run: Path) -> str:
+    """What a run that ends before its time leaves, and what the same command does with it."""
+    found = checkpoint.all_checkpoints(run)
+    if not found:
+        return "there is no checkpoint yet, and the same command begins anew"
+    return f"{found[-1].name} is whole, and the same command goes on from it"
+
+
+def _train(recipe: Recipe, resume: str, quick: Quick | None, watch: Watch) -> Path:
     run = Path(recipe.run.out)
     if recipe.run.keep_best:
         best.direction(recipe.run.keep_best, recipe.eval if quick else {})
@@ -395,14 +550,28 @@ def train(recipe: Recipe, resume: str = "auto", quick: Quick | None = None) -> P
         if isinstance(session.source, Skips):
             session.source.skipped.keep(run / SKIPPED)
         log.info("%s: %s on %s, attention %s", run, recipe.method.name, session.device, session.attention)
+        if session.shard:
+            log.info("networks are split over %d processes (%s)", parallel.size(), session.shard)
         if newest:
             log.info("resuming from %s", newest)
-        kept = _loop(session, run, steps_done, tree, quick)
-        if parallel.rank() == 0:
-            with writing(run / "pipeline"):
-                finish(session, run, kept)
-        parallel.barrier()
+        kept = _loop(session, run, steps_done, tree, quick, watch)
+        with parallel.waiting():
+            if parallel.rank() == 0:
+                with writing(run / "pipeline"), parallel.alone():
+                    finish(whole(session, run), run, kept)
     return run
+
+
+def whole(session: Session, run: Path) -> Session:
+    """The session, of networks that are split over processes anew on the CPU, with the newest checkpoint's weights.
+
+    To be called in ``parallel.alone()``.
+    """
+    if not session.shard:
+        return session
+    made = build(session.recipe, torch.device("cpu"))
+    checkpoint.load(checkpoint.all_checkpoints(run)[-1], made.engine, made.ema, goes_on=False)
+    return made
 
 
 def finish(session: Session, run: Path, kept: best.Best | None) -> None:
@@ -450,7 +619,9 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _loop(session: Session, run: Path, steps_done: int, tree: dict[str, Any], quick: Quick | None) -> best.Best | None:
+def _loop(
+    session: Session, run: Path, steps_done: int, tree: dict[str, Any], quick: Quick | None, watch: Watch
+) -> best.Best | None:
     """Train from ``steps_done`` to the end; the best checkpoint, if one is kept and this is the main process."""
     recipe, engine, main = session.recipe, session.engine, parallel.rank() == 0
     settings = recipe.run
@@ -464,11 +635,12 @@ def _loop(session: Session, run: Path, steps_done: int, tree: dict[str, Any], qu
     monitor = health.Monitor(recipe.health, settings.steps, earlier)
     keeps = settings.keep_best if main and every else ""
     keeper = best.Keeper(run, keeps, best.direction(keeps, recipe.eval) if keeps else "low", earlier, steps_done)
-    recent: dict[str, list[float]] = {}
     spent, peak = (max((row.get(name, 0.0) for row in earlier), default=0.0) for name in tracking.MEASURED[1:])
     samples_per_step = engine.batch_size * engine.accumulate * parallel.size()
-    since, first = spent, steps_done
-    with progress(settings.steps, steps_done) as advance:
+    rest = unlogged(run, steps_done)
+    since, first, recent = spent, steps_done - rest.steps, rest.logs
+    spent += rest.seconds
+    with tracking.closing(trackers), progress(settings.steps, steps_done) as advance, watch.stepping():
         for step, logs, seconds in timed(engine.run(range(steps_done, settings.steps))):
             done, spent = step + 1, spent + seconds
             for average in session.ema.values():
@@ -479,15 +651,16 @@ def _loop(session: Session, run: Path, steps_done: int, tree: dict[str, Any], qu
             judged = bool(every) and (done % every == 0 or done == settings.steps)
             checked = bool(checks) and done % checks == 0
             is_best, warnings, saves, ends = None, list[str](), False, False
-            if quick and judged and main:
+            if quick and judged and session.takes_part:
                 with session.weights():
                     values |= quick(session)
                 is_best = keeper.better_one(done, values)
-            if checked and main:
+            if checked and session.takes_part:
                 values |= check(session, run, step)
                 warnings = told(session, monitor.observe(done, values), done)
             if judged or checked:
                 saves, ends = agreed(session.device, is_best is not None, bool(warnings) and recipe.health.stop)
+            asked = watch.asked()
             checkpoint_due = done % settings.checkpoint_every == 0 or done == settings.steps or saves or ends
             # also before a checkpoint, so that a resumed run averages over the same steps as an unbroken one
             if done % settings.log_every == 0 or checkpoint_due:
@@ -506,13 +679,21 @@ def _loop(session: Session, run: Path, steps_done: int, tree: dict[str, Any], qu
                         tracker.log(done, values)
                 log.debug("step %d %s", done, " ".join(f"{k} {v:.4g}" for k, v in values.items()))
             due = settings.sample_every and done % settings.sample_every == 0
-            if (due or done == settings.steps) and session.shows and main:
+            if (due or done == settings.steps) and session.shows and session.takes_part:
                 grid = run / "samples" / f"step_{done:06d}.png"
                 with session.weights(), writing(grid):
-                    write_grid(session.images(prompts, range(len(prompts))), grid)
-            if checkpoint_due:
+                    images = session.images(prompts, range(len(prompts)))
+                    if main:
+                        write_grid(images, grid)
+                for tracker in trackers:
+                    tracker.picture(done, grid)
+            if checkpoint_due or asked:
                 with writing(run / f"checkpoint-{done}"):
+                    if recent and main:  # a checkpoint of its own time: the row to come is still an unbroken run's
+                        keep_unlogged(run, Unlogged(done, recent, spent - since, done - first))
                     checkpoint.save(run, done, engine, session.ema, settings.keep, keeper.spared)
+                    if not recent and main:
+                        (run / UNLOGGED).unlink(missing_ok=True)
                     if is_best:
                         keeper.mark(is_best, settings.keep)
             advance(logs)
@@ -521,7 +702,42 @@ def _loop(session: Session, run: Path, steps_done: int, tree: dict[str, Any], qu
                     f"{run}: ended at step {done}, since {' and '.join(warnings) or 'the main process says so'}; "
                     f"checkpoint-{done} is whole, and the same command goes on from it"
                 )
+            if asked:
+                raise Interrupted(watch.reason)
     return keeper.best
+
+
+@dataclass(frozen=True)
+class Unlogged:
+    """Of a run that was asked to stop between two rows of metrics.jsonl: what the next one is made of.
+
+    Attributes:
+        step: steps done.
+        logs: the values of each step since the last row, by name.
+        seconds: those that the steps took.
+        steps: their number.
+    """
+
+    step: int
+    logs: dict[str, list[float]]
+    seconds: float = 0.0
+    steps: int = 0
+
+
+def keep_unlogged(run: Path, rest: Unlogged) -> None:
+    """Keep it beside the checkpoint of its step; digits as many as the numbers have."""
+    checkpoint.write_text(run / UNLOGGED, json.dumps(asdict(rest)) + "\n")
+
+
+def unlogged(run: Path, step: int) -> Unlogged:
+    """What was kept at this step; nothing if that was at another one."""
+    try:
+        found: Any = from_json((run / UNLOGGED).read_text(encoding="utf-8"))
+        logs = {str(name): [float(value) for value in values] for name, values in found["logs"].items()}
+        rest = Unlogged(int(found["step"]), logs, float(found["seconds"]), int(found["steps"]))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return Unlogged(step, {})
+    return rest if rest.step == step else Unlogged(step, {})
 
 
 def check(session: Session, run: Path, step: int) -> dict[str, float]:
@@ -541,13 +757,17 @@ def check(session: Session, run: Path, step: int) -> dict[str, float]:
         seeds = [range(i * settings.seeds, (i + 1) * settings.seeds) for i in range(len(prompts))]
         each = [([prompt] * settings.seeds, samples) for prompt, samples in zip(prompts, seeds, strict=True)]
         teacher = health.known_look(run / health.FILE, made_of)
-        if teacher is None:
+        if not agreed(session.device, teacher is not None)[0] if session.shard else teacher is None:
             teacher = health.look(session.teacher_images(*rows, settings.teacher_steps, scale) for rows in each)
-            with writing(run / health.FILE):
-                health.keep_look(run / health.FILE, made_of, teacher)
+            if parallel.rank() == 0:
+                with writing(run / health.FILE):
+                    health.keep_look(run / health.FILE, made_of, teacher)
         with health.untouched(session.engine), session.weights():
-            found |= health.against(health.look(session.images(*rows) for rows in each), teacher)
-    if not recipe.model.compile:  # a compiled network keeps no graph for a second gradient and skips new hooks
+            student = health.look(session.images(*rows) for rows in each)
+        if teacher is not None:  # else this process only lent its part of the networks
+            found |= health.against(student, teacher)
+    # a compiled network keeps no graph for a second gradient and skips new hooks; a split one frees its weights
+    if not (recipe.model.compile or session.shard):
         found |= health.of_losses(session.engine, step)
     # with the digits that metrics.jsonl keeps, so that a resumed run judges the same numbers
     return {f"{health.PREFIX}{name}": float(f"{value:.7g}") for name, value in found.items()}
@@ -604,6 +824,8 @@ def export_run(session: Session, folder: Path, wanted: Wanted = publish.PIPELINE
 
     Beside a pipeline goes an adapter alone, if the network is one. Raises ValueError if it has not that form.
     """
+    if session.shard:
+        raise ValueError(f"{folder}: no process has the whole network; export with one: `fastgen export`")
     session = replace(session, family=session.family.whole(session.family))
     recipe, method = session.recipe, session.method
     card, network = settings_of(session), method.networks[method.exported]
@@ -800,64 +1022,11 @@ def write_grid(images: Tensor, path: Path, scale: int = 4) -> None:
 
 
 @contextlib.contextmanager
-def progress(total: int, done: int, title: str = "training", unit: str = "step") -> Iterator[Any]:
-    """A bar with rate and time left on the main process of a terminal; a line a minute elsewhere."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    if parallel.rank() != 0:
-        yield lambda logs: None
-        return
-    if console.is_terminal:
-        columns = (
-            TextColumn(title),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[loss]}"),
-        )
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task(title, total=total, completed=done, loss="", rate="")
-
-            def advance(logs: dict[str, float]) -> None:
-                speed = bar.tasks[0].speed
-                rate = f"{speed:.2f} {unit}s/s" if speed else ""
-                bar.update(task, advance=1, loss=_short(logs), rate=rate)
-
-            yield advance
-        return
-    began, last, count = time.monotonic(), [time.monotonic()], [0]
-
-    def line(logs: dict[str, float]) -> None:
-        count[0] += 1
-        now = time.monotonic()
-        if now - last[0] >= 60 or done + count[0] == total:
-            last[0] = now
-            rate = count[0] / (now - began)
-            left = (total - done - count[0]) / rate
-            of = f"{unit} {done + count[0]}/{total} {rate:.2f} {unit}s/s"
-            log.info("%s, %d s left %s", of, left, _short(logs))
-
-    yield line
-
-
-def _short(logs: dict[str, float]) -> str:
-    return " ".join(f"{k} {v:.3g}" for k, v in logs.items() if not k.endswith("grad_norm"))
-
-
-@contextlib.contextmanager
 def logging_to(path: Path) -> Iterator[None]:
-    """Within it, fastgen's log also goes to ``path``; the main process speaks for all."""
+    """Within it, fastgen's log also goes to ``path``, by whose lock and last line ``fastgen runs`` knows the state.
+
+    The main process speaks for all.
+    """
     if parallel.rank() != 0:
         log.disabled = True
         try:
@@ -870,7 +1039,12 @@ def logging_to(path: Path) -> Iterator[None]:
     handler.setLevel(logging.DEBUG)
     log.addHandler(handler)
     try:
-        yield
+        with runs.held(path):
+            yield
+    except BaseException as error:
+        # past the logger, whose level may be another where no command line has set it
+        handler.handle(logging.LogRecord(log.name, logging.INFO, __file__, 0, runs.ending(error), None, None))
+        raise
     finally:
         log.removeHandler(handler)
         handler.close()

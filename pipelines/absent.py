@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import safe_open
 from torch import nn
 
+from fastgen import sharding
 from fastgen.data.cached import kind_of
 
 
@@ -30,28 +31,56 @@ class Pipeline:
     def __init__(
         self, path: str | Path, device: torch.device | str, without: Sequence[str], given: dict[str, Any]
     ) -> None:
-        """without: kinds; given: further arguments of ``from_pretrained``."""
+        """without: kinds; given: further arguments of ``from_pretrained``.
+
+        "blocks" is what a network repeats, which is read when it has been split over processes; a network whose files
+        have other names for its weights is loaded.
+        """
         self._folder, self._device, self._shells = folder_of(path), torch.device(device), dict[str, nn.Module]()
         for name, entry in DiffusionPipeline.load_config(self._folder).items():
             if name not in given and isinstance(entry, list) and kind_of(name) in without:
                 cls = getattr(importlib.import_module(entry[0]), entry[1]) if entry[0] in LIBRARIES else None
                 if isinstance(cls, type) and issubclass(cls, nn.Module):
                     self._shells[name] = shell(cls, self._folder / name, self._device)
-        opened = DiffusionPipeline.from_pretrained(self._folder, dtype=torch.float32, **given, **self._shells)
-        self.pipeline = opened.to(device)
+        outlines = self._outlines() if "blocks" in without else {}
+        parts = {**given, **self._shells, **outlines}
+        self.pipeline = DiffusionPipeline.from_pretrained(
+            self._folder, dtype=torch.float32, use_safetensors=True, **parts
+        )
+        for name, part in self.pipeline.components.items():
+            if name in outlines:
+                sharding.move(part, self._device)
+            elif isinstance(part, nn.Module):
+                part.to(self._device)
+
+    def _outlines(self) -> dict[str, nn.Module]:
+        found: dict[str, nn.Module] = {}
+        for name in NETWORKS:
+            entry = DiffusionPipeline.load_config(self._folder).get(name)
+            if isinstance(entry, list) and entry[0] == "diffusers" and name not in self._shells:
+                cls: Any = getattr(importlib.import_module(entry[0]), entry[1])
+                with init_empty_weights():
+                    made = cls.from_config(cls.load_config(self._folder / name))
+                if sharding.outlined(made, self._folder / name, self._device):
+                    _read_buffers(made, self._folder / name, self._device)
+                    found[name] = made.eval()
+        return found
 
     def fill(self) -> None:
         """Load what was left out, one part after the other, into the shells, whoever holds them."""
         while self._shells:
             name, part = self._shells.popitem()
             cls: Any = type(part).__mro__[1]
-            real = cls.from_pretrained(self._folder / name, dtype=torch.float32).to(self._device)
+            real = cls.from_pretrained(self._folder / name, dtype=torch.float32, use_safetensors=True)
+            real = real.to(self._device)
             real.requires_grad_(False).eval()
             part.__class__ = cls
             vars(part).clear()
             vars(part).update(vars(real))
 
 
+NETWORKS = ("unet", "transformer", "transformer_2")
+"""What pipelines call the networks that denoise."""
 LIBRARIES = ("diffusers", "transformers")
 """Whose parts may be left out; others are loaded."""
 

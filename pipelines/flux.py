@@ -20,6 +20,7 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
+from fastgen import sharding
 from fastgen.denoiser import Cond, Denoiser
 from fastgen.family import About, Block, Family
 
@@ -73,6 +74,10 @@ def student(network: FluxTransformer2DModel, embed_guidance: bool = False) -> Fl
     """A trainable copy that ignores the guidance scale, or is to learn it in an embedding that does nothing yet."""
     embeds = network.config.guidance_embeds
     if not embeds and embed_guidance:
+        if sharding.is_outlined(network):
+            raise ValueError(
+                "guidance.embed: this network's weights are read only when it is split; set run.shard none"
+            )
         made = FluxTransformer2DModel.from_config(network.config, guidance_embeds=True)
         made = made.to(network.device, network.dtype).requires_grad_(True)
         made.load_state_dict(network.state_dict(), strict=False)

@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from fastgen import calls
+from fastgen import calls, export
 from fastgen.denoiser import Cond
 from fastgen.family import Family, Run
 
@@ -53,7 +53,8 @@ def loader(wrap: Callable[..., Family], **given: Any) -> Callable[..., Family]:
                 return family
 
             return replace(wrap(partly.pipeline, autocast, start, image_size, **frames), whole=whole)
-        pipeline = DiffusionPipeline.from_pretrained(path, dtype=torch.float32, **given)
+        pipeline = DiffusionPipeline.from_pretrained(path, dtype=torch.float32, use_safetensors=True, **given)
+        export.whole(pipeline, path)
         return wrap(pipeline.to(device), autocast, start, image_size, **frames)
 
     return load

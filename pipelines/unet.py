@@ -13,9 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from fastgen import sharding
 from fastgen.denoiser import Call, Cond, Denoiser
 from fastgen.experts import Experts
 from fastgen.family import Block, Family
@@ -76,6 +78,12 @@ def student(unet: UNet2DConditionModel, embed_guidance: bool = False) -> UNet2DC
     """A trainable copy whose guidance embedding is zero, frozen or to be learnt, even where the teacher's is not."""
     if unet.config.time_cond_proj_dim is not None:
         result = copy.deepcopy(unet)
+    elif sharding.is_outlined(unet):
+        with init_empty_weights():
+            result = UNet2DConditionModel.from_config(unet.config, time_cond_proj_dim=GUIDANCE_EMBEDDING)
+        [missing] = sharding.copy_outline(result, unet)
+        weight = result.get_parameter(missing)
+        result.time_embedding.cond_proj.weight = nn.Parameter(torch.zeros_like(weight, device=unet.device))
     else:
         # an override: what the teacher's config left at its default, from_config would take for unset
         made = UNet2DConditionModel.from_config(unet.config, time_cond_proj_dim=GUIDANCE_EMBEDDING)

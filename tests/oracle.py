@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastgen.denoiser import Cond, Denoiser
-from fastgen.engine import Engine, Optim
+from fastgen.engine import Engine
 from fastgen.family import Block, Family
 from fastgen.method import Batch, Phase, Terms, Trainable, nothing
+from fastgen.optimizers import Optim
 from fastgen.prediction import Kind, combine
 from fastgen.rng import Noise, seed_of
 from fastgen.sampling import Sampler, ddim_times

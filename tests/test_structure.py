@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOORS = ("trainers", "pipelines", "evaluation", "configs")  # top-level folder -> fastgen.<folder>
-HEAVY = {"diffusers", "transformers", "torchvision", "wandb"}
+HEAVY = {"diffusers", "transformers", "torchvision", "wandb", "trackio", "tensorboard"}
 CORE_NEEDS = {"torch", "numpy", "PIL", "yaml", "safetensors"}
 CORE_ALSO = {"cli": {"accelerate", "typer", "click", "rich"}, "train": {"accelerate", "rich"}, "dry_run": {"rich"}}
 EVALUATION_LAZY = HEAVY | {"torchmetrics", "cleanfid", "scipy"}

@@ -27,6 +27,7 @@ from fastgen.data import Item, Source
 from fastgen.data.pictures import Captions, turn
 from fastgen.denoiser import Cond
 from fastgen.family import Family
+from fastgen.plain import from_json
 
 CARD = "card.json"
 EXTRA, UNCOND = "extra.safetensors", "uncond.safetensors"
@@ -114,7 +115,7 @@ def read_card(folder: Path) -> Card:
     """The card of a cache. Raises ValueError."""
     path = folder / CARD
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = from_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{folder}: holds no cache; `fastgen cache CONFIG` makes it, where data.of names its source"
@@ -147,7 +148,7 @@ def encoders_of(path: str) -> dict[str, str]:
         from diffusers import DiffusionPipeline
 
         folder = Path(DiffusionPipeline.download(path))
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = from_json((folder / "model_index.json").read_text(encoding="utf-8"))
     settings = {k: v for k, v in index.items() if not isinstance(v, list) and not k.startswith("_")}
     found = {"model_index": blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()}
     for name, value in sorted(index.items()):
@@ -162,7 +163,7 @@ def encoders_of(path: str) -> dict[str, str]:
 
 def _hash(file: Path, digest: Any) -> None:
     if file.suffix == ".json":
-        tree = json.loads(file.read_text(encoding="utf-8"))
+        tree = from_json(file.read_text(encoding="utf-8"))
         if isinstance(tree, dict):
             kept = {k: v for k, v in tree.items() if not k.startswith("_") and k not in _OF_SAVING}
             tree = {k: v for k, v in kept.items() if _DEFAULTS.get(k) != v}
@@ -220,7 +221,7 @@ class Shard:
         self._file = file
         try:
             self._opened: Any = safe_open(file, framework="pt")
-            self.said: dict[str, Any] = json.loads((self._opened.metadata() or {})["cache"])
+            self.said: dict[str, Any] = from_json((self._opened.metadata() or {})["cache"])
             self.prompts = [str(p) for p in self.said["prompts"]]
             self._digests, self._dtypes = list(self.said["digests"]), dict(self.said["dtypes"])
             lengths = {self._opened.get_slice(name).get_shape()[0] for name in self._opened.keys()}

@@ -20,6 +20,7 @@ import numpy as np
 from fastgen.config import option, suggest
 from fastgen.data import Item, Source
 from fastgen.geneval import COLOURS, RELATIONS, TAGS
+from fastgen.plain import from_json
 
 CLASSES = (
     *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light"),
@@ -122,9 +123,13 @@ def read(path: Path, classes: Sequence[str] = CLASSES) -> list[Record]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file of GenEval's prompts; leave the path empty for the official ones")
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+    for number, line in enumerate(text.splitlines(), 1):
         try:
-            records.append(checked(json.loads(line), classes))
+            records.append(checked(from_json(line), classes))
         except ValueError as error:  # of json, too
             raise ValueError(f"{path}, line {number}: {error}") from None
     if not records:
@@ -141,6 +146,8 @@ def checked(record: Any, classes: Sequence[str] = CLASSES) -> Record:
     if not record.get("include"):
         raise ValueError("no include; it must list at least one object")
     for key in ("include", "exclude"):
+        if not isinstance(record.get(key, []), list) or not all(isinstance(c, dict) for c in record.get(key, [])):
+            raise ValueError(f"{key} must be a list of objects, got {record[key]!r}")
         for number, clause in enumerate(record.get(key, ())):
             _check_clause(clause, classes, number if key == "include" else 0)
     return record
@@ -155,10 +162,12 @@ def _check_clause(clause: Mapping[str, Any], classes: Sequence[str], before: int
     if colour not in COLOURS:
         raise ValueError(f"unknown color {colour!r}{suggest(str(colour), COLOURS)}")
     if "position" in clause:
+        if not isinstance(clause["position"], list) or len(clause["position"]) != 2:
+            raise ValueError(f"position of {name!r} must be [relation, object], got {clause['position']!r}")
         relation, target = clause["position"]
         if relation not in RELATIONS:
             raise ValueError(f"unknown position {relation!r}{suggest(str(relation), RELATIONS)}")
-        if target not in range(before):
+        if type(target) is not int or target not in range(before):
             raise ValueError(f"position of {name!r} refers to object {target}; {before} are named before it")
 
 

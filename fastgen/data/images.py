@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from fastgen.config import option
 from fastgen.data import Item, Skipped, Source
 from fastgen.data.pictures import LIMIT, SUFFIXES, Captions, digest, load, readable
+from fastgen.plain import from_json
 
 LISTS = {
     "captions.jsonl": ("file", "caption"),
@@ -114,7 +114,7 @@ def _captions(folder: Path) -> dict[str, str]:
         for number, row in _rows(path):
             try:
                 values = row[file], row[caption]
-                if None in values:
+                if not isinstance(values[0], str) or type(values[1]) not in (str, int):
                     raise KeyError
             except (KeyError, TypeError):
                 raise ValueError(f"{path}: line {number} is not {what} with {file!r} and {caption!r}") from None
@@ -128,6 +128,9 @@ def _rows(path: Path) -> Iterable[tuple[int, Any]]:
     if path.suffix == ".csv":
         reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
         try:
+            if not {*LISTS[path.name]} <= {*(reader.fieldnames or ())}:
+                file, caption = LISTS[path.name]
+                raise ValueError(f"{path}: line 1 must name the columns {file!r} and {caption!r}")
             for row in reader:
                 yield reader.line_num, row
         except csv.Error as error:
@@ -136,7 +139,7 @@ def _rows(path: Path) -> Iterable[tuple[int, Any]]:
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, from_json(line)
             except ValueError:
                 yield number, None
 

@@ -24,6 +24,7 @@ from fastgen.config import option
 from fastgen.data import Item, Source
 from fastgen.data.prompts import shuffled
 from fastgen.family import Family
+from fastgen.plain import from_json
 
 CARD = "card.json"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -80,7 +81,7 @@ def read_card(folder: Path, remedy: str) -> Card:
     """The card of a folder of pairs. remedy: what to say if there is none. Raises ValueError."""
     path = folder / CARD
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = from_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder}: holds no teacher pairs; {remedy}") from None
     except (OSError, ValueError) as error:
@@ -124,7 +125,7 @@ def open_shard(file: Path, card: Card, rows: int) -> tuple[Any, list[str], str]:
     """An opened shard, its header found as the card has it; its prompts and digest. Raises ValueError naming it."""
     try:
         opened: Any = safe_open(file, framework="pt")
-        texts = json.loads((opened.metadata() or {})["pairs"])
+        texts = from_json((opened.metadata() or {})["pairs"])
         prompts, digest = list(texts["prompts"]), str(texts["digest"])
         found = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -12,6 +11,7 @@ import numpy as np
 
 from fastgen.config import option
 from fastgen.data import Item, Source
+from fastgen.plain import from_json
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def read(path: Path) -> list[str]:
             prompts.append(line.strip())
             continue
         try:
-            prompt = json.loads(line)["prompt"]
+            prompt = from_json(line)["prompt"]
         except (ValueError, KeyError, TypeError):
             prompt = None
         if not isinstance(prompt, str):

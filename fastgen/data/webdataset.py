@@ -7,7 +7,6 @@ of where the members lie is built once, kept beside each shard where the folder 
 from __future__ import annotations
 
 import io
-import json
 import logging
 import re
 import tarfile
@@ -20,6 +19,7 @@ from fastgen import checkpoint
 from fastgen.config import option
 from fastgen.data import Item, Skipped, Source
 from fastgen.data.pictures import LIMIT, SUFFIXES, Captions, digest, load, readable
+from fastgen.plain import from_json
 
 log = logging.getLogger("fastgen")
 
@@ -91,7 +91,7 @@ class WebDataset:
         try:
             if not is_json:
                 return content.decode().strip()
-            return str(json.loads(content).get(self._key) or "")
+            return str(from_json(content.decode()).get(self._key) or "")
         except (ValueError, AttributeError) as error:
             kind = "a JSON object" if is_json else "text"
             raise ValueError(f"{shard}: the caption at byte {start} is not {kind} ({error})") from None
@@ -123,7 +123,7 @@ def index(shard: Path) -> np.ndarray:
     place, stat = shard.with_name(shard.name + INDEX), shard.stat()
     head = np.array([[_VERSION, stat.st_size, stat.st_mtime_ns, 0, 0]], dtype=np.int64)
     try:
-        kept: np.ndarray = np.load(place)
+        kept: np.ndarray = np.load(place, allow_pickle=False)
         if kept.ndim == 2 and np.array_equal(kept[:1], head):
             return kept[1:]
     except (OSError, ValueError, EOFError):

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint, config
 from ..method import Batch, Phase, Terms
+from ..plain import from_json
 from ..rng import Noise
 from . import compose, names
 
@@ -564,7 +565,7 @@ def load(folder: str | Path = ASSETS) -> Detector:
     """The trained network, in float32, for inference. Raises ValueError if files are missing or of another world."""
     folder = Path(folder)
     try:
-        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        about = from_json((folder / "config.json").read_text(encoding="utf-8"))
         network = Detector(about["width"], about["deep"])
         known = (tuple(about["nouns"]), tuple(about["colours"])) == (NOUNS, COLOURS)
         weights = {name: value.float() for name, value in load_file(folder / WEIGHTS).items()}

@@ -26,9 +26,10 @@ from .. import checkpoint, config
 from ..config import option
 from ..data import scenes as source
 from ..ema import EMA
-from ..engine import Data, Engine, Optim
+from ..engine import Data, Engine
 from ..geneval import RELATIONS
 from ..method import Batch, Phase, Terms, Trainable
+from ..optimizers import Optim
 from ..rng import Noise
 from . import names, networks
 from .compose import EmojiSet, open_caption, style_caption

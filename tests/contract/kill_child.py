@@ -14,8 +14,9 @@ from torch import nn
 
 from fastgen import checkpoint, tracking
 from fastgen.ema import EMA
-from fastgen.engine import Engine, Optim
+from fastgen.engine import Engine
 from fastgen.method import Batch, Phase
+from fastgen.optimizers import Optim
 
 
 class Regression:

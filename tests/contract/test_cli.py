@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fastgen as package
-from fastgen import checkpoint, cli, config, recipe, registry, tracking
+from fastgen import checkpoint, cli, config, recipe, registry, stream, tracking
 from fastgen import train as training
 from fastgen.config import ConfigError, merge
 from fastgen.evaluation import runner
 from fastgen.rng import Noise
+from fastgen.stream import Piece
 from tests import command
 from tests.command import Result, done, fastgen
 from tests.oracle import same
@@ -528,7 +529,7 @@ def test_list_names_all_kinds_for_people_and_machines() -> None:
     more = {
         "method": {"paper", "arxiv", "needs", "steps"},
         "family": {"pipelines", "kinds", "schedulers", "lora"},
-        "metric": {"title", "needs", "values", "better", "resampled"},
+        "metric": {"title", "needs", "values", "better", "resampled", "share"},
     }
     for row in listed:
         assert set(row) == said | more.get(row["kind"], set())
@@ -863,9 +864,15 @@ def garbled(path: Path) -> None:
     [
         (lambda c: cut(c / "student.safetensors"), "checkpoint-4: damaged checkpoint, student.safetensors is inc"),
         (lambda c: (c / "student.ema.safetensors").unlink(), "checkpoint-4: damaged checkpoint, student.ema.safet"),
-        (lambda c: garbled(c / "fake_score.optim.safetensors"), r"fake_score.optim.safetensors: cannot be read \("),
-        (lambda c: (c / "state.json").write_text("{"), r"checkpoint-4: damaged checkpoint \(.+\); delete it"),
-        (lambda c: (c / "state.json").unlink(), r"checkpoint-4: damaged checkpoint \(.+\); delete it"),
+        (
+            lambda c: garbled(c / "fake_score.optim.safetensors"),
+            "fake_score.optim.safetensors is not as it was written; checkpoint-2 before it is whole",
+        ),
+        (
+            lambda c: (c / "state.json").write_text("{"),
+            r"checkpoint-4: damaged checkpoint \(.+\); checkpoint-2 before",
+        ),
+        (lambda c: (c / "state.json").unlink(), r"checkpoint-4: damaged checkpoint \(.+\); checkpoint-2 before"),
     ],
 )
 def test_a_damaged_checkpoint_is_told_and_an_older_one_goes_on(
@@ -907,12 +914,12 @@ def test_an_unreadable_image_is_named_when_it_comes_up(world: Path, tmp_path: Pa
     assert "Traceback" not in result.err
 
 
-def too_large(tensors: dict[str, Tensor], path: Path) -> None:
-    """What the library itself meets where no more can be written: a limit stands for the end of the disk."""
+def too_large(pieces: Mapping[str, Piece], path: Path) -> None:
+    """What is met where no more can be written: a limit stands for the end of the disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        save_file(tensors, path)
+        stream.save_file(pieces, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -1073,7 +1080,7 @@ def test_what_is_no_mistake_of_the_user_says_how_to_see_more(monkeypatch: pytest
         (["--verbose", "list"], r"no such option: --verbose; `\S+ -h` shows"),
         (["list", "methodz"], r"invalid value for .*'methodz' is not one of .*'methods'"),
         (["generate", "p", "-p", "x", "--steps", "0"], r"invalid value for '--steps': .*1"),
-        (["doctor", "me"], r"unexpected extra argument"),
+        (["list", "methods", "me"], r"unexpected extra argument"),
         (["tran"], r"no such command 'tran'"),
     ],
 )
@@ -1096,7 +1103,7 @@ def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(registry, "names", stop)
     result = fastgen("list")
-    one_line(result, r"^fastgen: interrupted; the newest checkpoint is whole$", 130)
+    one_line(result, r"^fastgen: interrupted; what was written before is whole$", 130)
 
 
 def test_a_real_process_says_one_line_too_and_all_of_it_with_debug(world: Path, tmp_path: Path) -> None:

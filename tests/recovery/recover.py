@@ -17,10 +17,11 @@ from torch import Tensor
 from fastgen import config
 from fastgen.denoiser import Denoise, guided
 from fastgen.ema import EMA
-from fastgen.engine import Data, Engine, Optim
+from fastgen.engine import Data, Engine
 from fastgen.family import Family
 from fastgen.guidance import student_guidance, with_guidance
 from fastgen.method import Batch, NeedsPairs
+from fastgen.optimizers import Optim
 from fastgen.pairs import solve
 from fastgen.rng import seed_of
 from fastgen.sampling import Sampler, ddim_times, sample_student

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from fastgen.adversary import Adversarial
 from fastgen.denoiser import Denoiser
-from fastgen.engine import Engine, Optim
+from fastgen.engine import Engine
 from fastgen.family import Block, Family
 from fastgen.method import Batch
+from fastgen.optimizers import Optim
 from fastgen.prediction import Kind
 from fastgen.rng import Noise
 from fastgen.sampling import renoise, sample

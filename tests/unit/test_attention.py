@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import get_args, get_type_hints
+
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.models import attention_dispatch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
 from fastgen import attention
 from fastgen.attention import set_attention
+from fastgen.recipe import Model
 from tests import tiny
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -71,19 +76,26 @@ def flux() -> nn.Module:
     ).eval()
 
 
+def called(network: nn.Module) -> Tensor:
+    """The output, with its graph."""
+    g = torch.Generator().manual_seed(1)
+    if not isinstance(network, FluxTransformer2DModel):
+        x_t, text = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 16, 16, generator=g)
+        return network(x_t, torch.tensor([5.0, 900.0]), encoder_hidden_states=text, return_dict=False)[0]
+    return network(
+        hidden_states=torch.randn(1, 4, 4, generator=g),
+        encoder_hidden_states=torch.randn(1, 3, 8, generator=g),
+        pooled_projections=torch.randn(1, 8, generator=g),
+        timestep=torch.tensor([0.5]),
+        img_ids=torch.zeros(4, 3),
+        txt_ids=torch.zeros(3, 3),
+        return_dict=False,
+    )[0]
+
+
 def test_a_network_that_goes_through_the_dispatcher_is_switched_there() -> None:
     def result(network: nn.Module) -> Tensor:
-        g = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            return network(
-                hidden_states=torch.randn(1, 4, 4, generator=g),
-                encoder_hidden_states=torch.randn(1, 3, 8, generator=g),
-                pooled_projections=torch.randn(1, 8, generator=g),
-                timestep=torch.tensor([0.5]),
-                img_ids=torch.zeros(4, 3),
-                txt_ids=torch.zeros(3, 3),
-                return_dict=False,
-            )[0]
+        return called(network).detach()
 
     expected = result(flux())
     for choice, backend in (("auto", "_native_math"), ("eager", "_native_math"), ("sdpa", "native")):
@@ -94,7 +106,83 @@ def test_a_network_that_goes_through_the_dispatcher_is_switched_there() -> None:
         assert (result(network) - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("choice", ["xformers", "flash"])
+WORKS = [name for name, reason in attention.available(CPU).items() if not reason]
+
+
+@pytest.mark.parametrize("choice", WORKS)
+@pytest.mark.parametrize("make", [unet, flux])
+def test_what_works_here_computes_what_matrix_products_do(choice: str, make: Callable[[], nn.Module]) -> None:
+    """Outputs and gradients to 1e-5 of the largest."""
+    found = []
+    for name in ("eager", choice):
+        network = make()
+        try:
+            set_attention([network], name, CPU)
+        except ValueError as error:
+            pytest.skip(str(error))
+        y = called(network)
+        y.square().sum().backward()
+        found.append([y.detach(), *(p.grad for p in network.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 20
+    for plain, mine in zip(*found, strict=True):
+        assert (plain - mine).abs().max() <= 1e-5 * plain.abs().max().clamp(min=1)
+
+
+def test_available_says_of_each_kernel_why_it_does_not_work() -> None:
+    found = attention.available(CPU)
+    assert list(found) == list(attention.NAMES)
+    assert {"eager", "sdpa"} <= set(WORKS)
+    assert {name: found[name] for name in ("xformers", "flash", "sage")} == dict.fromkeys(
+        ("xformers", "flash", "sage"), "it needs a CUDA device, this is cpu"
+    )
+    assert not any("\n" in reason for reason in found.values())
+
+
+def test_a_config_takes_each_kernel() -> None:
+    assert get_args(get_type_hints(Model)["attention"]) == ("auto", *attention.NAMES)
+
+
+def test_a_kernel_without_a_backward_pass_trains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As sage's, whose output would carry no gradient."""
+
+    def forward_only(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).detach()
+
+    monkeypatch.setattr(attention_dispatch, "dispatch_attention_fn", forward_only)
+    with pytest.raises(
+        ValueError, match=r"^attention 'flex' does not work here \(it has no backward pass\); use auto"
+    ):
+        set_attention([], "flex", CPU)
+
+
+def test_a_kernel_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+        return q + k + v if backend == "flex" else q + k + 2 * v
+
+    monkeypatch.setattr(attention_dispatch, "dispatch_attention_fn", other)
+    with pytest.raises(ValueError, match=r"\(it differs from plain matrix products by .*e-01\)"):
+        set_attention([], "flex", CPU)
+
+
+@pytest.mark.parametrize("choice", ["flash", "sage"])
+def test_kernels_of_half_precision_are_refused_in_float32(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_probe", lambda name, device: None)
+    with pytest.raises(
+        ValueError, match=rf"'{choice}' does not work here \(it takes no float32; set run.precision bf16"
+    ):
+        set_attention([flux()], choice, CUDA)
+
+
+def test_networks_that_are_differentiated_leave_a_kernel_that_cannot() -> None:
+    network = flux()
+    assert attention.for_derivatives([network], "eager") == "eager"
+    for layer in attention._layers(network):
+        layer.processor._attention_backend = attention_dispatch.AttentionBackendName("flex")
+    assert attention.for_derivatives([network], "flex") == "sdpa"
+    assert {p._attention_backend.value for p in network.attn_processors.values()} == {"native"}  # type: ignore[operator, union-attr]
+
+
+@pytest.mark.parametrize("choice", ["xformers", "flash", "sage"])
 def test_a_kernel_that_does_not_work_here_is_one_line(choice: str) -> None:
     network = unet()
     before = kinds(network)
@@ -112,7 +200,7 @@ def test_flash_is_told_to_be_missing_from_the_older_networks(monkeypatch: pytest
     with pytest.raises(
         ValueError, match=r"'flash' does not work here \(UNet2DConditionModel uses Diffusers' older atten"
     ):
-        set_attention([unet()], "flash", CUDA)
+        set_attention([unet()], "flash", CUDA, torch.bfloat16)
 
 
 @pytest.mark.parametrize("error", [ImportError("no xformers"), RuntimeError("no kernel image\nat line 3")])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,7 +148,7 @@ def test_a_truncated_file(tmp_path: Path, name: str) -> None:
     path = saved(tmp_path)
     content = (path / name).read_bytes()
     (path / name).write_bytes(content[:-7])
-    refused(path, Run(), f"checkpoint-3: damaged checkpoint, {name} is incomplete; delete it to use an older one")
+    refused(path, Run(), f"checkpoint-3: damaged checkpoint, {name} is incomplete; none before it is whole")
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "b.optim.safetensors", "b.ema.safetensors"])
@@ -160,14 +162,64 @@ def test_a_missing_file(tmp_path: Path, name: str) -> None:
 def test_a_file_of_the_right_size_with_wrong_bytes(tmp_path: Path, name: str) -> None:
     path = saved(tmp_path)
     (path / name).write_bytes(b"\xff" * (path / name).stat().st_size)
-    refused(path, Run(), f"{name}: cannot be read .*; delete the checkpoint to use an older one")
+    refused(path, Run(), f"damaged checkpoint, {name} is not as it was written; none before it is whole")
+
+
+def test_a_flipped_bit_anywhere_in_any_file(tmp_path: Path) -> None:
+    path, chance = saved(tmp_path), random.Random(5)
+    for file in sorted(path.iterdir()):
+        whole = file.read_bytes()
+        for place in {0, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(12))}:
+            harmed = bytearray(whole)
+            harmed[place] ^= 1 << chance.randrange(8)
+            file.write_bytes(harmed)
+            with pytest.raises(CheckpointError, match=r"checkpoint-3: damaged checkpoint"):
+                read_state(path, thorough=True)
+        file.write_bytes(whole)
+    assert read_state(path, thorough=True)["steps_done"] == 3
+
+
+def test_the_newest_whole_one_before_it_is_offered(tmp_path: Path) -> None:
+    paths = [saved(tmp_path, steps, keep=4) for steps in (1, 2, 3)]
+    for path in paths[1:]:
+        weights = path / "a.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    offer = "damaged checkpoint, a.safetensors is not as it was written; checkpoint-1 before it is whole: `mv "
+    refused(paths[2], Run(), offer)
+    with pytest.raises(CheckpointError) as found:
+        read_state(paths[2], thorough=True)
+    assert f"`mv {paths[2]} {paths[2]}.damaged`, then the same command goes on from there" in str(found.value)
+    assert f"(--resume {paths[0]})" in str(found.value)
+
+
+def test_one_of_an_older_version_has_no_digests_and_loads(tmp_path: Path) -> None:
+    path, run = saved(tmp_path), Run()
+    rewrite(path / "a.safetensors", load_file(path / "a.safetensors"))
+    assert "sha256" not in read_state(path)
+    assert load(path, run.engine, run.ema) == 3
+
+
+def test_states_of_another_optimizer(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    moments = load_file(path / "a.optim.safetensors")
+    rewrite(path / "a.optim.safetensors", {n: t for n, t in moments.items() if not n.endswith("exp_avg")})
+    with pytest.raises(
+        CheckpointError, match=r"a.optim.safetensors: the state .* is missing; .*set optim.a.name back"
+    ):
+        load(path, Run().engine, Run().ema)
+
+
+def test_states_of_a_parameter_that_is_not_there(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    rewrite(path / "a.optim.safetensors", {"other:exp_avg": torch.zeros(1)})
+    refused(path, Run(), "a.optim.safetensors: holds 'other:exp_avg', which the network lacks")
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", "[]", "null", '{"files": []}', "\x00"])
 def test_a_damaged_state(tmp_path: Path, content: str) -> None:
     path = saved(tmp_path)
     (path / "state.json").write_text(content)
-    refused(path, Run(), r"checkpoint-3: damaged checkpoint \(.*\); delete it to resume from an older one")
+    refused(path, Run(), r"checkpoint-3: damaged checkpoint \(.*\); none before it is whole")
 
 
 def test_a_missing_state(tmp_path: Path) -> None:
@@ -197,9 +249,10 @@ def test_a_network_of_another_shape(tmp_path: Path) -> None:
 
 
 def rewrite(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Replace a file of a checkpoint and its size in the state, as if it had been saved so."""
+    """Replace a file of a checkpoint and its size in the state, as if it had been saved so, before digests were."""
     save_file(dict(tensors), path)
     state = json.loads((path.parent / "state.json").read_text())
+    del state["sha256"], state["own"]
     state["files"][path.name] = path.stat().st_size
     (path.parent / "state.json").write_text(json.dumps(state))
 
@@ -304,11 +357,13 @@ def test_a_failed_save_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: 
     before = {f.name: f.read_bytes() for f in path.iterdir()}
     count = [0]
 
-    def failing(*args: object, **kwargs: object) -> None:
+    writing = checkpoint.save_file
+
+    def failing(*args: Any) -> str:
         count[0] += 1
         if count[0] == 3:
             raise OSError(28, "No space left on device")
-        save_file(*args, **kwargs)  # type: ignore[arg-type]
+        return writing(*args)
 
     monkeypatch.setattr(checkpoint, "save_file", failing)
     run = Run()

@@ -17,8 +17,9 @@ from fastgen.adversary import Adversarial
 from fastgen.config import ConfigError, decode
 from fastgen.denoiser import Denoiser
 from fastgen.discriminator import features
-from fastgen.engine import Engine, Optim
+from fastgen.engine import Engine
 from fastgen.method import Batch, Phase
+from fastgen.optimizers import Optim
 from fastgen.prediction import Kind
 from fastgen.rng import Noise
 from fastgen.rollout import along_ode

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import config, losses, times
-from fastgen.engine import Engine, Optim
+from fastgen.engine import Engine
 from fastgen.family import Family
 from fastgen.method import Batch
+from fastgen.optimizers import Optim
 from fastgen.rng import Noise
 from fastgen.sampling import sample
 from fastgen.schedule import Flow, Schedule

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastgen import times
 from fastgen.denoiser import guided
-from fastgen.engine import Engine, Optim
+from fastgen.engine import Engine
+from fastgen.optimizers import Optim
 from fastgen.rng import Noise
 from fastgen.schedule import Flow, Schedule, add_noise
 from fastgen.trainers.dmd import Config, Method

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fastgen.engine import Engine, NonFiniteLoss, Optim
+from fastgen.engine import Engine, NonFiniteLoss
 from fastgen.method import Batch, Phase, Terms
+from fastgen.optimizers import Optim
 from fastgen.rng import Noise
 from tests.oracle import Samples, Toy, gradients_by_phase, linear_method, moved, optims, same, states, train
 
@@ -398,21 +398,3 @@ def test_a_loss_that_reaches_no_network_at_all_is_refused() -> None:
     method = two_roles(lambda networks, x: networks["a"](x), ["b"])
     with pytest.raises(ValueError, match="the loss of phase 'only' reaches no parameter of 'b', which it trains"):
         train(engine(method), [0])
-
-
-def test_adamw8bit_without_bitsandbytes_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    method = linear_method()
-    with pytest.raises(ValueError, match=r"needs bitsandbytes; pip install 'fastgen-diffusion\[8bit\]'"):
-        Engine(method, DATA, optims(method, name="adamw8bit"), batch_size=1, steps=1)
-
-
-def test_adamw8bit_hands_its_settings_to_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Fake:
-        class optim:
-            AdamW8bit = torch.optim.AdamW
-
-    monkeypatch.setitem(sys.modules, "bitsandbytes", Fake)
-    method = linear_method()
-    subject = Engine(method, DATA, optims(method, name="adamw8bit", lr=0.5), batch_size=1, steps=1)
-    assert subject.optimizers["a"].param_groups[0]["lr"] == 0.5

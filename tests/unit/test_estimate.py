@@ -131,8 +131,10 @@ def test_modules_can_be_moved_again_afterwards() -> None:
 
 
 def test_eight_bit_moments_are_a_byte_and_their_scales() -> None:
-    assert estimate.eight_bit([torch.zeros(4096), torch.zeros(10, 10)]) == 2 * (4096 + 4 * 16) + 800
-    assert estimate.eight_bit([torch.zeros(4097)]) == 2 * (4097 + 4 * 17)
+    assert estimate.fewer_bits([torch.zeros(4096), torch.zeros(10, 10)], (2, 1.0)) == 2 * (4096 + 4 * 16) + 800
+    assert estimate.fewer_bits([torch.zeros(4097)], (2, 1.0)) == 2 * (4097 + 4 * 17)
+    assert estimate.fewer_bits([torch.zeros(4096)], (1, 4.0)) == 4 * 4096
+    assert estimate.fewer_bits([torch.zeros(4096)], (2, 0.5)) == 4096 + 2 * 4 * 32
 
 
 def test_a_card_needs_room_for_more_than_the_peak() -> None:

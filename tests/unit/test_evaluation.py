@@ -19,6 +19,7 @@ from fastgen.evaluation.config import EvalConfig
 from fastgen.evaluation.context import Call, Context, Seen
 from fastgen.evaluation.images import generate
 from fastgen.evaluation.runner import Subject, evaluate
+from fastgen.evaluation.seen import intervals
 from fastgen.rng import seed_of
 
 CONCEPTS = ("a red apple", "a dog", "a blue heart", "a banana")
@@ -420,3 +421,24 @@ def test_config_is_checked():
     assert config.decode(EvalConfig, config.encode(decoded), "x.yaml") == decoded
     with pytest.raises(ConfigError, match="num_images must be at least 2, got 1"):
         config.decode(EvalConfig, {"num_images": 1}, "x.yaml")
+
+
+class Right:
+    """A metric: the share of rows that are 1."""
+
+    extractors = (None,)
+
+    def compute(self, seen):
+        return {"right": float(seen.rows["right"].mean())}
+
+
+@pytest.mark.parametrize(("count", "of"), [(30, 100), (97, 100), (1, 100)])
+def test_a_share_s_interval_is_the_binomial_s_and_ends_at_0_and_1(count, of):
+    seen = Seen(["a"] * of, {"right": torch.tensor([1.0] * count + [0.0] * (of - count))})
+    p, ends = count / of, {}
+    for share in (False, True):
+        ends[share] = intervals(Right(), seen, {"right": p}, 2000, 0, share)["right"]
+    width = 1.96 * (p * (1 - p) / of) ** 0.5
+    assert ends[False] == pytest.approx([p - width, p + width], abs=0.1 * width)
+    assert ends[True] == [max(0.0, ends[False][0]), min(1.0, ends[False][1])]
+    assert (ends[True] == ends[False]) == (count == 30)

@@ -15,10 +15,11 @@ import fastgen
 from fastgen import config, recipe
 from fastgen import train as training
 from fastgen.denoiser import guided
-from fastgen.engine import Engine, Optim
+from fastgen.engine import Engine
 from fastgen.export import ExportError, export, read_card
 from fastgen.family import Family
 from fastgen.guidance import Scales, student_guidance, with_guidance
+from fastgen.optimizers import Optim
 from fastgen.pipelines import sd, unet
 from fastgen.rng import Noise
 from fastgen.sampling import Sampler, ddim, ddim_times, sample, sample_student

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fastgen import losses
 from fastgen.denoiser import guided
-from fastgen.engine import Engine, Optim
+from fastgen.engine import Engine
 from fastgen.method import Batch
+from fastgen.optimizers import Optim
 from fastgen.pairs import solve
 from fastgen.rng import Noise
 from fastgen.sampling import ddim, ddim_times, ddim_x0, sample_student

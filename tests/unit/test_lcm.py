@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import lora, losses, times
-from fastgen.engine import Engine, Optim
+from fastgen.engine import Engine
 from fastgen.export import export
 from fastgen.guidance import Scales, with_guidance
 from fastgen.method import Batch
+from fastgen.optimizers import Optim
 from fastgen.pipelines import sd
 from fastgen.rng import Noise
 from fastgen.sampling import sample_student

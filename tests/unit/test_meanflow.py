@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from fastgen import losses
 from fastgen.coordinates import rectified
-from fastgen.engine import Engine, Optim
+from fastgen.engine import Engine
 from fastgen.method import Batch
+from fastgen.optimizers import Optim
 from fastgen.prediction import Kind, combine
 from fastgen.rng import Noise
 from fastgen.sampling import sample_student

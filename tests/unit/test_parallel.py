@@ -96,6 +96,18 @@ def work(rank: int, folder: str) -> None:
     found["buffer"] = other.running_mean  # type: ignore[assignment]
     save_file({n: v.contiguous() for n, v in found.items() if v is not None}, path / f"ops-{rank}.safetensors")
 
+    assert parallel.first_of("" if rank == 0 else "the other's") == "the other's"
+    with parallel.waiting():
+        if rank == 0:
+            with parallel.alone():  # nothing of this may wait for the other process
+                parallel.barrier()
+                parallel.broadcast(network)
+                parallel.sum_gradients(network.parameters())
+                assert parallel.sum_over_processes(torch.ones(1)) == 1
+                assert parallel.first_of("") == ""
+                assert not parallel.together()
+    assert parallel.together()
+
     engine = linear(2)
     ema = {"b": EMA(nn.Linear(2, 2), 0.5)}
     train(engine, range(2))
@@ -159,6 +171,10 @@ def test_a_single_process_shares_nothing() -> None:
     parallel.broadcast(network)
     parallel.sum_gradients(network.parameters())
     parallel.barrier()
+    with parallel.waiting(), parallel.alone():
+        assert parallel.first_of("a") == "a"
+    assert parallel.units(network) == []
+    parallel.reshard(network)
     values = torch.ones(3)
     assert parallel.sum_over_processes(values) is values
     assert all(p.grad is None for p in network.parameters())

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from fastgen import losses, times
 from fastgen.adversary import Adversarial
 from fastgen.discriminator import features
-from fastgen.engine import Engine, Optim
+from fastgen.engine import Engine
 from fastgen.guidance import Scales
+from fastgen.optimizers import Optim
 from fastgen.prediction import Kind, combine
 from fastgen.rng import Noise
 from fastgen.sampling import ddim, ddim_times, sample, sample_student

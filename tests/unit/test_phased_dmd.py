@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import losses, times
-from fastgen.engine import Engine, Optim
+from fastgen.engine import Engine
 from fastgen.experts import Experts
 from fastgen.family import Family
 from fastgen.method import Batch
+from fastgen.optimizers import Optim
 from fastgen.prediction import Kind, Prediction, combine
 from fastgen.rng import Noise
 from fastgen.sampling import ddim, sample, sample_student

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fastgen import losses
-from fastgen.engine import Engine, Optim
+from fastgen.engine import Engine
+from fastgen.optimizers import Optim
 from fastgen.prediction import KINDS, Kind
 from fastgen.rng import Noise
 from fastgen.schedule import Flow

@@ -13,7 +13,7 @@ from fastgen import recipe
 from fastgen.adversary import Adversarial
 from fastgen.config import ConfigError
 from fastgen.data import images, prompts
-from fastgen.engine import Optim
+from fastgen.optimizers import Optim
 from fastgen.recipe import choose, decode, encode, locate
 from fastgen.trainers import dmd2
 
@@ -98,14 +98,14 @@ def test_a_recipe_survives_yaml(tree: dict[str, Any]) -> None:
         ("run.steps", 0, "run.steps must be at least 1, got 0"),
         ("run.ema", 1, "run.ema must be below 1, got 1"),
         ("run.precision", "fp8", "run.precision is 'fp8'; known: bf16, fp16, fp32"),
-        ("run.trackers", ["mlflow"], r"run.trackers[0] is 'mlflow'; known: tensorboard, wandb"),
+        ("run.trackers", ["mlflow"], r"run.trackers[0] is 'mlflow'; known: jsonl, tensorboard, trackio, wandb"),
         ("model.attention", "fast", "model.attention is 'fast'; did you mean 'flash'?"),
         ("model.gradient_checkpointing", "perhaps", "must be true or false, got 'perhaps'"),
         ("student", {"steps": 9}, "student.steps must be at most 8, got 9"),
         ("method", "dmd2", "method must be a mapping with 'name', got 'dmd2'"),
         ("method", {}, "method must be a mapping with 'name', got {}"),
         ("method.name", "dmd22", "method.name: unknown method 'dmd22'; did you mean 'dmd2'?"),
-        ("method.name", "..x", "method.name: no package specified for '..x'"),
+        ("method.name", "..x", "method.name: unknown method '..x'; known: adversarial, "),
         ("data", None, "data must be a mapping with 'source', got None"),
         ("data.source", "prompt", "data.source: unknown source 'prompt'; did you mean 'prompts'?"),
         ("optim", ["student"], "optim must map roles to optimizers, got ['student']"),

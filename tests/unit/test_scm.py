@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from fastgen import losses
 from fastgen.adversary import Adversarial
 from fastgen.coordinates import trigflow
-from fastgen.engine import Engine, Optim
+from fastgen.engine import Engine
 from fastgen.guidance import Scales
 from fastgen.method import Batch
+from fastgen.optimizers import Optim
 from fastgen.pipelines import sd
 from fastgen.prediction import Kind
 from fastgen.rng import Noise

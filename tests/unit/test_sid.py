@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from fastgen import losses, times
 from fastgen.adversary import Adversarial, Adversary
 from fastgen.discriminator import features
-from fastgen.engine import Engine, Optim
+from fastgen.engine import Engine
 from fastgen.method import Batch
+from fastgen.optimizers import Optim
 from fastgen.prediction import Kind
 from fastgen.rng import Noise
 from fastgen.sampling import renoise, sample

@@ -265,7 +265,7 @@ def test_a_caption_of_csv_may_have_several_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("captions.csv", "file,text\n0.png,x\n", "captions.csv: line 2 is not a row with 'file' and 'caption'"),
+        ("captions.csv", "file,text\n0.png,x\n", "captions.csv: line 1 must name the columns 'file' and 'caption'"),
         ("captions.csv", "file,caption\n0.png,x\n1.png\n", "captions.csv: line 3 is not a row with 'file' and"),
         ("captions.csv", 'file,caption\n0.png,"x"y\n', "captions.csv: line 2 is not CSV"),
         ("metadata.jsonl", '{"file": "0.png"}', "line 1 is not a JSON object with 'file_name' and 'text'"),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -19,12 +17,13 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from fastgen import best, checkpoint, health, parallel, recipe, tracking, train
+from fastgen import best, checkpoint, health, interrupt, parallel, recipe, tracking, train
 from fastgen.checkpoint import CheckpointError
 from fastgen.data import Item
 from fastgen.ema import EMA
-from fastgen.engine import Engine, Optim
+from fastgen.engine import Engine
 from fastgen.health import Health, Unhealthy
+from fastgen.optimizers import Optim
 from fastgen.publish import Wanted
 from fastgen.train import Session, write_grid
 from fastgen.trainers import dmd2
@@ -666,38 +665,6 @@ def test_large_pictures_are_not_enlarged(tmp_path: Path) -> None:
         assert picture.size == (256, 128)
 
 
-# The progress shown
-
-
-def test_a_terminal_gets_a_bar_with_rate_time_left_and_losses(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "160")
-    with train.progress(4, 1) as advance:
-        for _ in range(3):
-            advance({"critic/denoising": 0.1234, "critic/fake_score.grad_norm": 5.0})
-    shown = terminal.getvalue()
-    assert "4/4" in shown
-    assert "steps/s" in shown
-    assert "critic/denoising 0.123" in shown
-    assert "grad_norm" not in shown
-
-
-def test_elsewhere_a_line_says_the_same(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(0, 10000, 25))
-    monkeypatch.setattr(train.time, "monotonic", lambda: float(next(clock)))
-    with caplog.at_level(logging.INFO, "fastgen"), train.progress(6, 2) as advance:
-        for _ in range(4):
-            advance({"student/dmd": 0.5})
-    assert [r.getMessage().split(" steps/s")[0] for r in caplog.records] == ["step 5/6 0.03", "step 6/6 0.03"]
-    assert caplog.records[-1].getMessage().endswith("0 s left student/dmd 0.5")
-
-
 # Several processes
 
 
@@ -712,6 +679,45 @@ def test_only_the_main_process_speaks_and_writes(
     assert caplog.records == []
     assert list(tmp_path.iterdir()) == []
     assert not logging.getLogger("fastgen").disabled
+
+
+# Interruptions
+
+
+@pytest.mark.parametrize("cuts", [(1,), (2,), (3,), (5,), (8,), (1, 2, 5, 7)])
+def test_a_run_that_is_asked_to_stop_goes_on_as_if_it_had_not_been(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuts: Sequence[int]
+) -> None:
+    """Each time with a checkpoint of the step in hand; rows and weights are an unbroken run's."""
+    chosen, steps = settings(tmp_path / "run"), [0]
+
+    def asked(watch: interrupt.Watch) -> bool:
+        steps[0] += 1
+        return steps[0] in cuts
+
+    monkeypatch.setattr(interrupt.Watch, "asked", asked)
+    for done in cuts:
+        told = rf"^{chosen.run.out}: ended by run.max_hours 0; checkpoint-{done} is whole, and the same command "
+        with pytest.raises(interrupt.Interrupted, match=told):
+            train.train(chosen)
+        # rows come every 3 steps and before checkpoints, every 2
+        assert (tmp_path / "run" / train.UNLOGGED).is_file() == (done in (1, 5, 7))
+        assert not (tmp_path / "run" / "pipeline").exists()
+    train.train(chosen)
+    assert rows(tmp_path / "run") == rows(unbroken)
+    for file in (unbroken / "checkpoint-8").glob("*.safetensors"):
+        assert same(load_file(file), load_file(tmp_path / "run" / "checkpoint-8" / file.name))
+    assert not (tmp_path / "run" / train.UNLOGGED).exists()
+    assert (tmp_path / "run" / "pipeline").is_dir()
+
+
+def test_a_limit_that_is_too_short_still_gets_on_by_a_step_a_call(tmp_path: Path) -> None:
+    chosen = settings(tmp_path, steps=3, max_hours=1e-9)
+    for done in (1, 2, 3):
+        with pytest.raises(interrupt.Interrupted, match=f"ended by run.max_hours 1e-09; checkpoint-{done} is whole"):
+            train.train(chosen)
+    train.train(chosen)
+    assert (tmp_path / "pipeline").is_dir()
 
 
 # A full disk

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import lora, losses, times
-from fastgen.engine import Engine, Optim
+from fastgen.engine import Engine
+from fastgen.optimizers import Optim
 from fastgen.prediction import Kind
 from fastgen.rng import Noise
 from fastgen.schedule import Flow, Schedule, add_noise
