@@ -53,11 +53,12 @@ def markdown_table(rows: Sequence[Row], columns: Sequence[Column] | None = None)
 
 
 def insert(rows: Sequence[Row], document: Path, name: str) -> None:
-    """Put the table, with what it was measured on, into its place in a document.
+    """Put the table, with what it was measured on, and that of GenEval's tasks, into its place in a document.
 
     Raises ValueError as ``place``, and if the rows' protocols differ.
     """
-    place(f"{markdown_table(protocol.joined(rows))}\n{said(rows)}", document, name)
+    parts = [f"{markdown_table(protocol.joined(rows))}\n{said(rows)}", *(table for _, table in by_task(rows))]
+    place("\n\n".join(part.strip() for part in parts), document, name)
 
 
 def place(made: str, document: Path, name: str) -> None:
@@ -206,12 +207,17 @@ def markdown(title: str, run: Path, rows: Sequence[Row]) -> str:
         parts.append(plain(said(group)))
         if any(row.get("intervals") for row in group):
             parts.append("Brackets: 95 % interval, by bootstrap over the images.")
-        for name, tags in tasks(group).items():
-            scored = [row for row in group if row.get(name) is not None]
-            parts += [f"### By task: {name}", markdown_table(scored, task_columns(name, tags))]
+        for name, table in by_task(group):
+            parts += [f"### By task: {name}", table]
         parts.append("### Protocol\n\n" + _shared(group))
     parts += [_pictures(run / "comparison"), f"Written by fastgen {fastgen.__version__}."]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def by_task(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Each GenEval that rows were judged by, and its tasks as a table in Markdown."""
+    scored = {name: [row for row in rows if row.get(name) is not None] for name in tasks(rows)}
+    return [(name, markdown_table(scored[name], task_columns(name, tags))) for name, tags in tasks(rows).items()]
 
 
 def _shared(rows: Sequence[Row]) -> str:
