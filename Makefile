@@ -50,7 +50,8 @@ performance: $(VENV)/.installed-dev  ## measure what an iteration of each method
 recovery: $(VENV)/.installed-dev  ## distil the two-dimensional mixture by every method, write docs/recovery.md (15 minutes)
 	$(BIN)/python -m tests.recovery.plot
 
-faults: $(VENV)/.installed-eval  ## put faults into runs and commands hundreds of times, write docs/reliability.md (20 minutes)
+faults: $(VENV)/.installed-dev  ## put faults into runs and commands hundreds of times, write docs/reliability.md (half an hour)
+	FASTGEN_FAULTS=long $(BIN)/pytest tests/faults/test_bad_input.py
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults.campaign
 
 guiders: $(VENV)/.installed-eval  ## judge the guiders on the emoji teacher and its students, write the table of docs/guiders.md

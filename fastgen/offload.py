@@ -86,15 +86,15 @@ class Offload:
     def turn(self, roles: Iterable[str]) -> None:
         """Let these roles' optimizers have their states on the device, and no other's."""
         learning = set(roles)
-        for role, optimizer in self.optimizers.items():
-            if role in learning:
-                for state, key in self.gone.pop(role, []):
-                    state[key] = self.move.here(state[key])
-            elif role not in self.gone:
+        for role, optimizer in self.optimizers.items():  # away first, so that never both are there
+            if role not in learning and role not in self.gone:
                 found = [(state, key) for state, key in _tensors(optimizer) if self.move.is_here(state[key])]
                 for state, key in found:
                     state[key] = self.move.away(state[key])
                 self.gone[role] = found
+        for role in learning & self.gone.keys():
+            for state, key in self.gone.pop(role):
+                state[key] = self.move.here(state[key])
 
     def rest(self) -> None:
         """Drop the weights that calls have brought; to be called when no backward pass is to come any more."""
@@ -139,4 +139,5 @@ def unchanging(frozen: Iterable[nn.Module], changing: Iterable[nn.Module]) -> li
 
 
 def _memory(p: nn.Parameter) -> int:
-    return p.untyped_storage()._cdata
+    address: int = p.untyped_storage()._cdata  # not data_ptr, which is 0 for all tensors without data
+    return address

@@ -12,11 +12,13 @@
         with the GAN: + weight softplus(-D(noised x0))
 
 Departures from the reference code: the critic's student samples are drawn anew and not shared with the student
-phase (one more student pass a cycle, and either phase can be read alone); the normaliser is clamped at 1e-5 and a
-non-finite gradient stops the run, where the reference writes zeros; the weights can be averaged (EMA). Features are
-taken from the blocks the family names, each with a head of its own. With the teacher's features (NVlabs/FastGen) only
-the heads learn from the discriminator's loss. The one-step SDXL student is called at t = 399: ``student.start: 0.4``;
-it was warmed up on teacher pairs first, as method ``kd`` does before ``student.init``.
+phase (one more student pass a cycle, and either phase can be read alone), unless ``reuse`` is set: then, at a step in
+which both take a turn, the student's comes first and the critic takes its samples, as they were before the update; the
+normaliser is clamped at 1e-5 and a non-finite gradient stops the run, where the reference writes zeros; the weights
+can be averaged (EMA). Features are taken from the blocks the family names, each with a head of its own. With the
+teacher's features (NVlabs/FastGen) only the heads learn from the discriminator's loss. The one-step SDXL student is
+called at t = 399: ``student.start: 0.4``; it was warmed up on teacher pairs first, as method ``kd`` does before
+``student.init``.
 """
 
 from __future__ import annotations
@@ -58,6 +60,9 @@ class Config:
     )
     t_low: float = option(0.02, "smallest t of the student's loss, as a share of the times", low=0, below=1)
     t_high: float = option(0.98, "largest t of the student's loss, as a share of the times", above=0, high=1)
+    reuse: bool = option(
+        False, "at a step in which the student learns, too, let it go first, and the critic take its samples"
+    )
     # weights: DMD2's for SDXL and SD 1.5 (main/train_sd.py)
     adversarial: Adversarial = section(Adversarial(critic_weight=1e-2, features="fake_score"), "the GAN; paper: 1e-3")
 
@@ -95,15 +100,17 @@ class Method:
             Pass("fake_score"),
             *adversary.student_passes(self.adversary),
         )
-        self.phases = (
-            Phase("critic", critic, self.critic_loss, passes=follows),
-            Phase("student", ["student"], self.student_loss, every=config.student_every, passes=learns),
-        )
+        self.made: dict[tuple[int, ...], Tensor] = {}  # x0 that the critic is to take, by its samples, within a step
+        follow = Phase("critic", critic, self.critic_loss, after=self.made.clear, passes=follows)
+        learn = Phase("student", ["student"], self.student_loss, every=config.student_every, passes=learns)
+        self.phases = (learn, follow) if config.reuse else (follow, learn)
 
     def critic_loss(self, batch: Batch, rng: Noise) -> Terms:
         """-> {"denoising", "gan"}: each [B]."""
-        with torch.no_grad():
-            x0 = self.generate(batch, rng)
+        x0 = self.made.get(tuple(batch.samples))
+        if x0 is None:
+            with torch.no_grad():
+                x0 = self.generate(batch, rng)
         terms = {"denoising": fake_score.denoising(self.fake_score, x0, batch.cond, rng)}
         if self.adversary:
             real = batch.images("the adversarial term")
@@ -113,6 +120,8 @@ class Method:
     def student_loss(self, batch: Batch, rng: Noise) -> Terms:
         """-> {"dmd", "gan"}: each [B]."""
         x0 = self.generate(batch, rng)
+        if self.config.reuse:
+            self.made[tuple(batch.samples)] = x0.detach()
         t = times.uniform(rng, self.teacher.schedule, self.config.t_low, self.config.t_high)
         with torch.no_grad():
             x_t = add_noise(self.teacher.schedule, x0, rng.normal(self.shape), t)

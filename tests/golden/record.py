@@ -57,6 +57,7 @@ VARIANTS: dict[str, dict[str, tuple[dict[str, Any], int]]] = {
         "few": ({"student_every": 2, "guidance_scale": 3.0}, 4),
         "data": ({"student_every": 2, "rollout": "data"}, 2),
         "noise": ({"student_every": 2, "rollout": "noise", "adversarial": {**GAN, "features": "teacher"}}, 1),
+        "reuse": ({"student_every": 2, "reuse": True, "adversarial": GAN}, 4),
     },
     "decoupled_dmd": {
         "default": ({"student_every": 2}, 1),

@@ -225,6 +225,54 @@ def test_the_student_learns_every_few_steps_and_the_fake_score_at_each() -> None
         before = after
 
 
+def calls_by_turn(method: Method, steps: int) -> list[tuple[str, int]]:
+    """Of each turn its phase and the student's calls, of two micro-batches."""
+    found, calls = [], 0
+
+    def count(*args: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    engine = Engine(method, CONV, optims(method, lr=1e-3), batch_size=2, accumulate=2, steps=8)
+    method.networks["student"].register_forward_pre_hook(count)
+    for step in range(steps):
+        for phase in (p for p in method.phases if step % p.every == 0):
+            calls = 0
+            engine.turn(phase, step)
+            found.append((phase.name, calls))
+    return found
+
+
+def test_samples_are_reused_where_both_learn_in_one_step() -> None:
+    """The student goes first there; elsewhere the critic draws its own."""
+    apart = calls_by_turn(conv_method(student_every=2, guidance_scale=1.0), 3)
+    assert apart == [("critic", 2), ("student", 2), ("critic", 2), ("critic", 2), ("student", 2)]
+    method = conv_method(student_every=2, guidance_scale=1.0, reuse=True)
+    assert calls_by_turn(method, 3) == [("student", 2), ("critic", 0), ("critic", 2), ("student", 2), ("critic", 0)]
+    assert not method.made
+
+
+def test_what_is_reused_is_the_student_s_before_its_update_at_the_same_samples() -> None:
+    method = conv_method(num_steps=2, student_every=1, guidance_scale=1.0, reuse=True)
+    batches = [CONV.batch(samples) for samples in ([0, 1], [2, 3])]
+    for batch in batches:
+        method.student_loss(batch, Noise(batch.samples, 0, 0, "student"))
+    expected = [method.generate(b, Noise(b.samples, 0, 0, "student")).detach() for b in batches]
+    with torch.no_grad():
+        for p in method.networks["student"].parameters():
+            p += 1
+    seen = []
+    method.fake_score.network.register_forward_pre_hook(lambda network, args: seen.append(args[0]))
+    for batch, x0 in zip(batches, expected, strict=True):
+        rng = Noise(batch.samples, 0, 0, "critic")
+        method.critic_loss(batch, rng)
+        again = Noise(batch.samples, 0, 0, "critic")
+        t = times.uniform(again, method.teacher.schedule)
+        x_t = add_noise(method.teacher.schedule, x0, again.normal(x0.shape[1:]), t)
+        assert torch.equal(seen[-1], x_t)
+        assert not seen[-1].requires_grad
+
+
 def test_the_fake_score_learns_the_student_s_distribution() -> None:
     """DSM on the student's samples: with the student still, its mean and deviation are found."""
     method = Method(Config(guidance_scale=1.0), gaussian_family(shape=SHAPE, student=lambda: still(1.5, 0.8)), 1)

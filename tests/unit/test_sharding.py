@@ -77,6 +77,7 @@ def test_other_engines_are_refused(monkeypatch: pytest.MonkeyPatch, variables: d
         ({"student": {"steps": 1, "lora": {"rank": 4}}}, "student.lora"),
         ({"model": {"family": "sd", "path": "p", "compile": True}}, "model.compile"),
         ({"run": {"out": "o", "steps": 1, "precision": "fp16", "shard": "zero2"}}, "run.precision: fp16"),
+        ({"run": {"out": "o", "steps": 1, "offload": True, "shard": "full"}}, "run.offload"),
         ({"optim": {"student": {"name": "adamw8bit"}, "fake_score": {}}}, "the optimizer adamw8bit"),
         ({"optim": {"student": {"name": "muon"}, "fake_score": {}}}, "the optimizer muon"),
     ],
@@ -88,7 +89,7 @@ def test_what_does_not_go_with_it_is_refused_before_anything_loads(
 
     told(monkeypatch, **FSDP2)
     tree = yaml.safe_load(RECIPE.format(teacher="no/such", prompts="prompts.txt", out="out")) | changes
-    kind = "zero2" if "shard" in tree["run"] else "full"
+    kind = tree["run"].get("shard", "full")
     with pytest.raises(ValueError, match=rf"split over processes \({kind}\) do not go with {what}; leave it out, or"):
         train.build(recipe.decode(tree, "run.yaml"), torch.device("cpu"))
 
