@@ -11,6 +11,7 @@ import importlib
 import inspect
 import json
 import re
+import reprlib
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -596,10 +597,10 @@ def read_card(folder: Path) -> dict[str, Any]:
             raise ValueError("it is no object")
         for name in ("num_inference_steps", "height", "width"):
             if card.get(name) is not None and (type(card[name]) is not int or card[name] < 1):
-                raise ValueError(f"{name} is {card[name]!r}")
+                raise ValueError(f"{name} is {reprlib.repr(card[name])}")
         for name, kind in (("method", str), ("call", dict)):
             if not isinstance(card.get(name, kind()), kind):
-                raise ValueError(f"{name} is {card[name]!r}")
+                raise ValueError(f"{name} is {reprlib.repr(card[name])}")
     except ValueError as error:
         raise ValueError(f"{path}: damaged ({error}); export the pipeline again") from None
     return dict(card)

@@ -636,8 +636,8 @@ def ctrl_c(lab: Lab, chance: random.Random, count: int) -> Iterator[Outcome]:
             return out, lab.done(words(out)).seconds
 
         whole, seconds = lab.known(f"command {name}", unbroken)
-        for _ in range(9):
-            moment, out = chance.uniform(0.02, 0.95) * seconds, lab.fresh()
+        for sooner in range(9):  # the first time may have been a slow one
+            moment, out = chance.uniform(0.02, 0.95) * seconds * 0.8**sooner, lab.fresh()
             ended = lab.run(made[name](out), ("after", moment, signal.SIGINT))
             if ended.code:
                 break
