@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import platform
 import shutil
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from . import attention, lpips, prefetch, tracking
+from . import attention, lpips, prefetch, stream, tracking
 from . import recipe as recipes
-from .recipe import Model, Recipe
+from .recipe import Recipe
 
 NEEDED = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "PyYAML")
 OPTIONAL = {
@@ -58,7 +58,7 @@ def findings() -> list[dict[str, Any]]:
     if torch.backends.mps.is_available():
         rows.append(_row("mps", "Apple's GPU", True, False))
     rows.append(_row("bfloat16 products", _bfloat16(), True, False))
-    rows += [kernel(name) for name in get_args(get_type_hints(Model)["attention"]) if name != "auto"]
+    rows += kernels()
     for part in ("sprites/index.jsonl", "teacher/model_index.json", "clip/config.json"):
         path = Path(__file__).parent / "emoji" / "assets" / part
         found = str(path) if path.is_file() else f"{path} is missing; reinstall fastgen"
@@ -75,15 +75,15 @@ def findings() -> list[dict[str, Any]]:
     return rows
 
 
-def kernel(name: str) -> dict[str, Any]:
-    """Whether an attention kernel works here, tried on a small input."""
+def kernels() -> list[dict[str, Any]]:
+    """Whether each attention kernel works here, tried on a small input."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        attention.set_attention([], name, device)
-    except ValueError as error:
-        reason = str(error).partition("(")[2].rpartition(")")[0]
-        return _row(f"attention {name}", f"does not work: {reason or error}", False, False)
-    return _row(f"attention {name}", f"works on {device.type}", True, False)
+    return [
+        _row(
+            f"attention {name}", f"does not work: {reason}" if reason else f"works on {device.type}", not reason, False
+        )
+        for name, reason in attention.available(device).items()
+    ]
 
 
 # What a training needs
@@ -105,7 +105,8 @@ def missing(recipe: Recipe, config: str) -> list[dict[str, Any]]:
         rows.append(_row(key, found, version is not None, True))
     rows += [of_optimizer(role, optim.name) for role, optim in recipe.optim.items()]
     if recipe.model.attention != "auto":
-        rows.append({**kernel(recipe.model.attention), "what": "model.attention", "needed": True})
+        name = f"attention {recipe.model.attention}"
+        rows += [{**row, "what": "model.attention", "needed": True} for row in kernels() if row["what"] == name]
     return [*rows, *of_disk(recipe)]
 
 
@@ -171,12 +172,10 @@ def weights_in(folder: Path) -> int:
     """Numbers in a folder's safetensors files, by their headers; of several variants the largest."""
     counts: dict[str, int] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as opened:
-            try:
-                header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-            except (ValueError, MemoryError, OverflowError):  # no weights; a training says so
-                continue
-        shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+        try:
+            shapes = stream.shapes(file).values()
+        except (OSError, SafetensorError):  # no weights; a training says so
+            continue
         variant = file.name.split(".", 1)[1].partition("-")[0]
         counts[variant] = counts.get(variant, 0) + sum(torch.Size(shape).numel() for shape in shapes)
     return max(counts.values(), default=0)
