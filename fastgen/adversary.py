@@ -33,7 +33,7 @@ from .discriminator import Heads, features
 from .family import Family
 from .method import Batch, Phase, Terms
 from .passes import Mode, Pass
-from .rng import Noise
+from .rng import Noise, seed_of
 from .schedule import add_noise
 
 Noising = Callable[[Tensor, Noise], tuple[Tensor, Tensor]]
@@ -81,7 +81,10 @@ class Adversary:
         chosen = [known[name] for name in names] or [family.blocks[-1]]
         self.options, self.backbone, self.shape = options, backbone, family.latent_shape
         self.blocks = [block.name for block in chosen]
-        self.heads = Heads([b.channels for b in chosen], [b.size for b in chosen])
+        # keyed by the run's seed alone: networks made without weights, to be split up, draw no numbers before them
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_of("heads", str(torch.initial_seed())))
+            self.heads = Heads([b.channels for b in chosen], [b.size for b in chosen])
 
     def student(self, x0: Tensor, cond: Cond, rng: Noise, noising: Noising | None = None) -> Tensor:
         """The student's term, weighted: x0 [B, ...] -> [B]. noising: in the place of ``noised``."""

@@ -137,9 +137,11 @@ class Engine:
         self.reshard()
         self.offload.turn(roles)
         for role, parameters in self.parameters.items():
-            self.method.networks[role].train(role in roles)
+            network, learns = self.method.networks[role], role in roles
+            if network.training != learns:  # thousands of modules to visit for nothing where it is so already
+                network.train(learns)
             for p in parameters.values():
-                p.requires_grad_(role in roles)
+                p.requires_grad_(learns)
 
     def reshard(self) -> None:
         """Drop what was put together of networks that are split over the processes, or brought of those that wait."""

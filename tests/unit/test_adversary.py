@@ -354,6 +354,23 @@ def test_the_discriminator_s_loss_reaches_heads_only_and_the_student_s_its_image
 # How a method takes it
 
 
+def test_heads_start_as_the_run_s_seed_says_whatever_was_drawn_before() -> None:
+    family = conv_family()
+
+    def drawn(seed: int, before: int) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(seed)
+        torch.randn(before)
+        heads = Adversary(Adversarial(weight=1.0), family, family.denoiser).heads
+        return nn.utils.parameters_to_vector(heads.parameters()), torch.randn(4)
+
+    (one, after), (other, later) = drawn(0, 0), drawn(0, 5)
+    assert torch.equal(one, other)
+    assert not torch.equal(after, later)
+    assert not torch.equal(one, drawn(1, 0)[0])
+    torch.manual_seed(0)
+    assert torch.equal(after, torch.randn(4))  # what is drawn after them goes on as if they had drawn nothing
+
+
 def test_at_weight_zero_there_is_no_adversary() -> None:
     assert adversary.make(Adversarial(), gaussian_family(), gaussian_family().denoiser) is None
 

@@ -162,8 +162,10 @@ def from_files(path: Path, rank: int) -> None:
     found = {"outlined": sharding.is_outlined(outlined), "device": str(outlined.device)}
     empty = sum(p.numel() for p in outlined.parameters() if p.is_meta)
     found["share"] = empty / sum(p.numel() for p in outlined.parameters())
-    run = Run("two_networks", path, "full", family)
-    whole = Run("two_networks", path)
+    run = Run("three_networks", path, "full", family)
+    whole = Run("three_networks", path)
+    heads = [r.method.networks["discriminator"].state_dict().values() for r in (run, whole)]
+    found["heads"] = max(float((a - b).abs().max()) for a, b in zip(*heads, strict=True))
     batch = whole.engine.data.batch([0, 1])
     x, t = torch.ones(2, 4, 8, 8), torch.full((2,), 500.0)
     for role in ("teacher", "student", "fake_score"):
@@ -260,4 +262,4 @@ def test_a_network_read_from_files_when_it_has_been_split_is_the_same(results: P
     assert found.pop("device") == "cpu"
     assert found.pop("share") > 0.8
     assert found.pop("derivative") < 1e-5
-    assert found == dict.fromkeys(("teacher", "student", "fake_score"), 0.0)
+    assert found == dict.fromkeys(("teacher", "student", "fake_score", "heads"), 0.0)
