@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from .transfer import to_device
+
 
 class Experts(nn.ModuleList):
     """A mixture of experts by noise level, in the place of one network; a ``Denoiser`` calls whichever it needs.
@@ -26,7 +28,7 @@ class Experts(nn.ModuleList):
 
     def which(self, t: Tensor) -> Tensor:
         """The number of the expert for each time: [B] -> [B], 0 being the noisiest's."""
-        starts = torch.tensor(self.starts[1:], dtype=t.dtype, device=t.device)
+        starts = to_device(torch.tensor(self.starts[1:], dtype=t.dtype), t.device)
         return (t[:, None] <= starts).sum(1)
 
     def rows(self, t: Tensor) -> list[tuple[int, Tensor]]:

@@ -14,6 +14,8 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from .transfer import to_device
+
 _SHARED = -1
 
 
@@ -54,12 +56,12 @@ class Noise:
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """shape: of one sample -> standard Gaussian float32 [B, *shape]."""
-        return self._each(lambda g: torch.randn(tuple(shape), generator=g), self.samples).to(self.device)
+        return to_device(self._each(lambda g: torch.randn(tuple(shape), generator=g), self.samples), self.device)
 
     def uniform(self) -> Tensor:
         """Uniform float64 in [0, 1): [B]."""
         found = self._each(lambda g: torch.rand((), generator=g, dtype=torch.float64), self.samples)
-        return found.to(self.device)
+        return to_device(found, self.device)
 
     def shared_integer(self, high: int) -> int:
         """One integer in {0, ..., high - 1}, the same for every sample, micro-batch and process of this step."""

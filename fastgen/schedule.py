@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .transfer import to_device
+
 
 @dataclass(frozen=True)
 class Level:
@@ -120,7 +122,7 @@ class TabulatedVP:
         """t: [B] in [0, T - 1] -> Level, on t's device."""
         clock = t.double()
         index = clock.detach().floor().clamp(0, self.t_max - 1).long()
-        table = self._log_snr.to(t.device)
+        table = to_device(self._log_snr, t.device)
         low, high = table[index], table[index + 1]
         slope = high - low
         log_snr = low + (clock - index) * slope

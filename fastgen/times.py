@@ -12,6 +12,7 @@ from torch import Tensor
 from .rng import Noise
 from .sampling import ddim_times
 from .schedule import Schedule
+from .transfer import to_device
 
 
 def uniform(rng: Noise, schedule: Schedule, low: float | Tensor = 0.0, high: float | Tensor = 1.0) -> Tensor:
@@ -110,7 +111,7 @@ def solver_grid(schedule: Schedule, student_times: Sequence[float], steps: int) 
 
 def on_grid(rng: Noise, grid: Sequence[float]) -> tuple[Tensor, Tensor]:
     """A random step of a falling grid for each sample: its start t and its end r < t, each [B]."""
-    ends = torch.tensor(grid, dtype=torch.float64).to(rng.device)
+    ends = to_device(torch.tensor(grid, dtype=torch.float64), rng.device)
     i = (rng.uniform() * (len(grid) - 1)).long()
     return ends[i], ends[i + 1]
 
@@ -131,7 +132,7 @@ def grid_pair(rng: Noise, schedule: Schedule, intervals: int, law: Lognormal | N
     Without a law all are alike; with one, an interval is as likely as that log(sigma / alpha) lies in it, given that
     it lies in one (iCT, Song & Dhariwal 2023, arXiv 2310.14189, sec. 3.5).
     """
-    ends = torch.tensor([*grid(schedule, intervals), schedule.t_min], dtype=torch.float64).to(rng.device)
+    ends = to_device(torch.tensor([*grid(schedule, intervals), schedule.t_min], dtype=torch.float64), rng.device)
     mass = torch.ones_like(ends[1:])
     if law:
         ratio = noise_ratio(schedule, ends)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fastgen.denoiser import Cond, Denoiser
 from fastgen.family import About, Block, Family
 from fastgen.schedule import Flow
+from fastgen.transfer import to_device
 
 from . import flow, stock
 
@@ -78,8 +79,8 @@ def wrap(
             timestep=t.float(),
             guidance=None if scale is None else torch.full((len(x_t),), scale, device=x_t.device),
             encoder_hidden_states=cond["text"],
-            txt_ids=Flux2Pipeline._prepare_text_ids(cond["text"][:1]).to(x_t.device),
-            img_ids=Flux2Pipeline._prepare_latent_ids(x_t[:1]).to(x_t.device),
+            txt_ids=to_device(Flux2Pipeline._prepare_text_ids(cond["text"][:1]), x_t.device),
+            img_ids=to_device(Flux2Pipeline._prepare_latent_ids(x_t[:1]), x_t.device),
             return_dict=False,
         )[0]
         return stock.tokens_as_map(found, x_t, 1)

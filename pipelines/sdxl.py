@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastgen.denoiser import Cond
 from fastgen.family import About, Family
+from fastgen.transfer import to_device
 
 from . import stock, unet
 
@@ -38,7 +39,7 @@ def wrap(
     def call(network: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """x_t: [B, C, H, W]; t: [B] timesteps; cond: text [B, L, D], pooled [B, P], perhaps guidance [B]."""
         size = [side * factor for side in x_t.shape[-2:]]
-        ids = torch.tensor([*size, 0, 0, *size], dtype=cond["pooled"].dtype, device=x_t.device)
+        ids = to_device(torch.tensor([*size, 0, 0, *size], dtype=cond["pooled"].dtype), x_t.device)
         found: Tensor = network(
             x_t,
             t.float(),

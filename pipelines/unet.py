@@ -23,6 +23,7 @@ from fastgen.experts import Experts
 from fastgen.family import Block, Family
 from fastgen.sampling import Sampler
 from fastgen.students import Students
+from fastgen.transfer import to_device
 
 from . import stock, vp
 from .experts import UNetExperts
@@ -43,7 +44,7 @@ def guidance_embedding(scale: Tensor, width: int) -> Tensor:
     half = width // 2
     # in float32 step by step as they do, since a phase of thousands shows the last bit
     rates = torch.exp(torch.arange(half, dtype=torch.float32) * -(torch.tensor(10000.0).log() / (half - 1)))
-    phase = (1000 * (scale.double() - 1).float())[:, None] * rates.to(scale.device)
+    phase = (1000 * (scale.double() - 1).float())[:, None] * to_device(rates, scale.device)
     return nn.functional.pad(torch.cat([phase.sin(), phase.cos()], 1), (0, width % 2))
 
 

@@ -33,6 +33,7 @@ from fastgen.method import About, Batch, Phase, Terms
 from fastgen.passes import Pass
 from fastgen.rng import Noise
 from fastgen.sampling import Sampler, ddim_x0
+from fastgen.transfer import to_device
 
 ABOUT = About(
     paper="Knowledge Distillation in Iterative Generative Models for Improved Sampling Speed",
@@ -88,4 +89,4 @@ class Method:
 
     @staticmethod
     def _at(times: Sequence[float], k: Tensor) -> Tensor:
-        return torch.tensor(times, dtype=torch.float64, device=k.device)[k]
+        return to_device(torch.tensor(times, dtype=torch.float64), k.device)[k]

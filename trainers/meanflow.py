@@ -43,6 +43,7 @@ from fastgen.prediction import Prediction, combine
 from fastgen.rng import Noise
 from fastgen.sampling import Sampler
 from fastgen.schedule import add_noise
+from fastgen.transfer import to_device
 
 ABOUT = About(
     paper="Mean Flows for One-step Generative Modeling",
@@ -137,7 +138,7 @@ class Method:
 
     def next_time(self, t: Tensor) -> Tensor:
         """The largest of the student's times and t_min that is below t: [B] -> [B]; t_min itself at t_min."""
-        edges = torch.tensor(self.edges, dtype=t.dtype, device=t.device)
+        edges = to_device(torch.tensor(self.edges, dtype=t.dtype), t.device)
         return edges[(torch.searchsorted(edges, t) - 1).clamp(min=0)]
 
 

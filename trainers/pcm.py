@@ -41,6 +41,7 @@ from fastgen.rng import Noise
 from fastgen.rollout import along_ode
 from fastgen.sampling import Sampler
 from fastgen.schedule import add_more_noise, add_noise
+from fastgen.transfer import to_device
 
 ABOUT = About(paper="Phased Consistency Models", arxiv="2405.18407", needs=("images",), steps=range(1, 9))
 
@@ -109,7 +110,7 @@ class Method:
         (t, r), scale = times.on_grid(rng, self.grid), scales.draw(rng)
         x_t = add_noise(schedule, batch.images("pcm"), rng.normal(self.shape), t)
         phase, cond = self.phase_of(t), scales.cond(batch.cond, scale)
-        end = torch.tensor(self.edges[1:], dtype=t.dtype).to(t.device)[phase]
+        end = to_device(torch.tensor(self.edges[1:], dtype=t.dtype), t.device)[phase]
         with torch.no_grad():
             teacher = scales.guide(self.teacher, batch.uncond, scale)
             x_r, _ = along_ode(teacher, schedule, x_t, t, r, batch.cond, "euler")
@@ -119,7 +120,7 @@ class Method:
 
     def phase_of(self, t: Tensor) -> Tensor:
         """Which of the student's intervals, its start included, holds t: [B] -> [B], 0 being the noisiest."""
-        starts = torch.tensor(self.edges[:-1], dtype=t.dtype).to(t.device)
+        starts = to_device(torch.tensor(self.edges[:-1], dtype=t.dtype), t.device)
         return (t[:, None] <= starts).sum(1) - 1
 
     def jump(self, pred: Prediction, end: Tensor) -> Tensor:
@@ -128,7 +129,8 @@ class Method:
 
     def noising(self, phase: Tensor, rng: Noise) -> Noising:
         """Noise on from the end of each sample's phase, to a time within it that all that is judged shares."""
-        edges, shares = (torch.tensor(v, dtype=torch.float64).to(phase.device) for v in (self.edges, self.shares))
+        given = (torch.tensor(v, dtype=torch.float64) for v in (self.edges, self.shares))
+        edges, shares = (to_device(v, phase.device) for v in given)
         t = times.uniform(rng, self.schedule, shares[phase + 1], shares[phase])
 
         def noised(x: Tensor, rng: Noise) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from fastgen.data.pictures import Captions, turn
 from fastgen.denoiser import Cond
 from fastgen.family import Family
 from fastgen.plain import from_json
+from fastgen.transfer import to_device
 
 CARD = "card.json"
 EXTRA, UNCOND = "extra.safetensors", "uncond.safetensors"
@@ -290,7 +291,7 @@ class Cached:
         row = self._shard(UNCOND).row(0)
 
         def encode_prompts(prompts: Sequence[str]) -> Cond:
-            return {name: value.to(device) for name, value in self.cond(prompts).items()}
+            return {name: to_device(value, device) for name, value in self.cond(prompts).items()}
 
         def whole(trained: Family) -> Family:
             own = family.whole(family)
