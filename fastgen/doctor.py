@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from . import attention, lpips, prefetch, stream, tracking
-from . import recipe as recipes
+from . import attention, lpips, prefetch, tracking
 from .recipe import Recipe
 
 NEEDED = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "PyYAML")
@@ -31,10 +29,6 @@ OPTIONAL = {
     "datasets": "hf",
 }
 """Package -> the extra of fastgen-diffusion that brings it."""
-NETWORKS = ("unet", "transformer", "transformer_2")
-"""Folders of a pipeline that hold what is trained."""
-MOMENTS = 2
-"""Numbers that an optimizer keeps for each weight, as most do."""
 
 
 def findings() -> list[dict[str, Any]]:
@@ -142,43 +136,31 @@ def of_optimizer(role: str, name: str) -> dict[str, Any]:
 def of_disk(recipe: Recipe) -> Iterator[dict[str, Any]]:
     """Whether the run folder can be written, and has room for the checkpoints and the pipeline.
 
-    About as much as the weights of each role that is trained whole, in fp32 with what optimizers and averages keep,
-    for ``run.keep`` checkpoints, the one that is being written and the best.
+    A checkpoint holds what learns or is moved, adapters and discriminators too, with what optimizers and averages
+    keep; ``run.keep`` stay, the one that is being written and the best.
     """
+    from . import estimate
+
     run, out = recipe.run, Path(recipe.run.out).absolute()
     place = next(folder for folder in (out, *out.parents) if folder.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         yield _row("run.out", f"{place} cannot be written; set another run.out", False, True)
         return
     free = shutil.disk_usage(place).free
-    teacher = Path(recipes.locate(recipe.model.path))
-    count = sum(weights_in(teacher / name) for name in NETWORKS)
-    if recipe.student.lora or not count:
-        why = "adapters are small" if recipe.student.lora else "the teacher's weights are not here to be counted"
-        yield _row("disk", f"{_size(free)} free in {place}; {why}", True, False)
+    try:
+        each, pipeline = estimate.written(recipe)
+    except Exception as error:  # of several libraries
+        reason = " ".join((str(error) or type(error).__name__).split())[:120]
+        yield _row("disk", f"{_size(free)} free in {place}; what is needed cannot be counted ({reason})", True, False)
         return
-    roles = sum(role != "discriminator" for role in recipe.optim)  # which is a head on another's features
-    each = 4 * count * (roles * (1 + MOMENTS) + bool(run.ema))
     kept = run.keep + 1 + bool(run.keep_best)
-    need = kept * each + sum(file.stat().st_size for file in teacher.rglob("*") if file.is_file())
+    need = kept * each + pipeline
     told = (
-        f"{_size(free)} free in {place}, about {_size(need)} needed: {kept} checkpoints of {_size(each)}, a pipeline"
+        f"{_size(free)} free in {place}, about {_size(need)} needed: {kept} checkpoints of {_size(each)}, a "
+        f"pipeline of {_size(pipeline)}"
     )
     remedy = "" if free > need else "; make room, or set run.out or run.keep"
     yield _row("disk", told + remedy, free > need, True)
-
-
-def weights_in(folder: Path) -> int:
-    """Numbers in a folder's safetensors files, by their headers; of several variants the largest."""
-    counts: dict[str, int] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            shapes = stream.shapes(file).values()
-        except (OSError, SafetensorError):  # no weights; a training says so
-            continue
-        variant = file.name.split(".", 1)[1].partition("-")[0]
-        counts[variant] = counts.get(variant, 0) + sum(torch.Size(shape).numel() for shape in shapes)
-    return max(counts.values(), default=0)
 
 
 def _folder(path: Path) -> str:

@@ -4,7 +4,8 @@ The networks are built in full size from their configuration files, but their la
 dtypes without data (torch's FakeTensor, on the meta device underneath). The method's own constructor makes its
 networks, and each of its phases takes its turns, forward and backward and the optimizer's step, while a ledger adds
 up what each operation makes and lets go, and its FLOPs. So weights, gradients, optimizer and averages are exact, and
-activations are those of the real passes.
+activations are those of the real passes. With ``run.offload`` things come and go as they do in a training, and what
+waits is added up apart.
 
 The configuration files are those of a local pipeline folder, weights or not, or of a model that ships with fastgen
 (``fastgen.configs``, <family>/<model>/about.json says of which Hub id).
@@ -32,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
-from . import config, lora, memory
+from . import config, lora, memory, offload
 from . import recipe as recipes
 from .cost import Even
 from .denoiser import Cond
@@ -45,7 +46,7 @@ from .method import Batch, Method, NeedsPairs, Phase
 from .optimizers import KINDS, Optim
 from .plain import from_json
 from .recipe import Model, Recipe
-from .train import Session, family_of, fix_scale, method_of
+from .train import Session, check_offload, family_of, fix_scale, method_of
 
 log = logging.getLogger("fastgen")
 
@@ -78,14 +79,21 @@ class Ledger(TorchDispatchMode):
 
     What depends on the values of a fake tensor gets an answer that holds of a trained network and its copies: numbers
     are 1, so there is something, and equal shapes hold equal values, unless no two tensors are the ``same``.
+
+    Attributes:
+        held, peak: bytes on the device, now and the most so far.
+        waits, most: the same of the host's memory.
+        flops: of all operations so far.
     """
 
     def __init__(self, block: int = 1, same: bool = True) -> None:
         """block: bytes that each storage is rounded up to."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.fake, self.block, self.same = FakeTensorMode(allow_non_fake_inputs=True), block, same
-        self.held = self.peak = self.flops = 0
+        self.held = self.peak = self.waits = self.most = self.flops = 0
         self.storages: dict[int, weakref.ref[Any]] = {}
+        self.on_host: set[int] = set()
+        self.moving = False  # what is made now is made in the host's memory
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -123,15 +131,49 @@ class Ledger(TorchDispatchMode):
         key = storage._cdata
         if key in self.storages:
             return
-        size = -(-storage.nbytes() // self.block) * self.block
+        if self.moving:
+            size = storage.nbytes()
+            self.on_host.add(key)
+            self.waits += size
+            self.most = max(self.most, self.waits)
+        else:
+            size = -(-storage.nbytes() // self.block) * self.block
+            self.held += size
+            self.peak = max(self.peak, self.held)
 
         def leave(_: object) -> None:
-            if self.storages.pop(key, None) is not None:
+            if self.storages.pop(key, None) is None:
+                return
+            if key in self.on_host:
+                self.on_host.remove(key)
+                self.waits -= size
+            else:
                 self.held -= size
 
         self.storages[key] = weakref.ref(storage, leave)
-        self.held += size
-        self.peak = max(self.peak, self.held)
+
+
+@dataclass(frozen=True)
+class Host:
+    """The way between a ledger's device and its host's memory, of tensors that are all fake."""
+
+    ledger: Ledger
+
+    def is_here(self, tensor: Tensor) -> bool:
+        """Whether it is on the device."""
+        return tensor.untyped_storage()._cdata not in self.ledger.on_host
+
+    def away(self, tensor: Tensor) -> Tensor:
+        """A copy in the host's memory."""
+        self.ledger.moving = True
+        try:
+            return tensor.clone()
+        finally:
+            self.ledger.moving = False
+
+    def here(self, tensor: Tensor) -> Tensor:
+        """A copy on the device."""
+        return tensor.clone()
 
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -290,6 +332,7 @@ def build(recipe: Recipe, device: Device, here: torch.device) -> Session:
     folder, about = folder_of(recipe.model)
     family_name = recipe.model.family or (folder.parent.name if about else "")
     attention = "sdpa" if (device, recipe.model.attention) == ("cuda", "auto") else recipe.model.attention
+    check_offload(recipe)
     model = replace(recipe.model, family=family_name, attention=attention, compile=False)
     run = recipe.run
     autocast = None if run.precision == "fp32" else recipes.DTYPES[run.precision]
@@ -307,8 +350,11 @@ def build(recipe: Recipe, device: Device, here: torch.device) -> Session:
     return Session(recipe, here, family, method, data, data, engine, ema, used)
 
 
-def turn(session: Session, phase: Phase, step: int) -> None:
-    """What ``Engine.turn`` does, of which a value of fake tensors would be asked, and one micro-batch of it."""
+def turn(session: Session, phase: Phase, step: int) -> list[nn.Module]:
+    """What ``Engine.turn`` does, of which a value of fake tensors would be asked, and one micro-batch of it.
+
+    Returns the networks that it brought to the device, of those that wait in the host's memory.
+    """
     engine, samples = session.engine, range(session.engine.batch_size)
     engine.train_only(phase.trains)
     batch = engine.data.batch(samples)
@@ -318,16 +364,39 @@ def turn(session: Session, phase: Phase, step: int) -> None:
     _engine_run_backward(
         (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
+    brought = list(engine.offload.called)
+    engine.reshard()
     engine.gradient_norms(phase)
     for role in phase.trains:
         engine.optimizers[role].step()
         engine.optimizers[role].zero_grad(set_to_none=True)
     phase.after()
+    return brought
+
+
+def resident(session: Session, phase: Phase, brought: Sequence[nn.Module]) -> dict[str, Any]:
+    """Of what ``memory.held`` counts, what is on the device when a phase's backward pass is done; bytes.
+
+    brought: what ``turn`` returns of that phase.
+    """
+    engine, networks, parts = session.engine, session.method.networks, memory.held(session)
+    trained = [p for role in phase.trains for p in engine.parameters[role].values()]
+    parts["gradients"] = sum(p.numel() * p.element_size() for p in trained)
+    for role in engine.offload.optimizers.keys() - set(phase.trains):
+        states = [t for state in engine.optimizers[role].state.values() for t in state.values()]
+        parts["optimizer"] -= memory.size(states, set())
+    for network, kept in engine.offload.waiting.items():
+        if network not in brought:
+            own = [r for r, n in networks.items() if any(lora.plain(one) is network for one in members(n))]
+            place, name = (parts["weights"], own[0]) if own else (parts, "pipeline")
+            place[name] -= memory.size([p for p, _ in kept], set())
+    return parts
 
 
 def warm(engine: Engine) -> None:
     """Let each optimizer have its moments, which it makes at its first step, before anything is measured."""
     for role, parameters in engine.parameters.items():
+        engine.offload.turn([role])
         for p in parameters.values():
             p.grad = torch.zeros_like(p)
         engine.optimizers[role].step()
@@ -345,6 +414,14 @@ def fewer_bits(parameters: Iterable[Tensor], moments: tuple[int, float]) -> int:
     sizes = [p.numel() for p in parameters]
     held = (4 * n if width == 4 or n < 4096 else width * n + 4 * math.ceil(n / block) for n in sizes)
     return round(count * sum(held))
+
+
+def states_size(session: Session, role: str) -> int:
+    """Bytes of the states of a role's optimizer, once it has made them."""
+    engine, kind = session.engine, KINDS[session.recipe.optim[role].name]
+    if not kind.is_torch:
+        return fewer_bits(engine.parameters[role].values(), kind.moments)
+    return memory.size([t for state in engine.optimizers[role].state.values() for t in state.values()], set())
 
 
 @contextlib.contextmanager
@@ -369,8 +446,9 @@ def estimate(recipe: Recipe, device: Device = "cuda") -> dict[str, Any]:
 
     Returns:
         parameters, and those trained, by role; parts, as ``memory.held`` has them, held, peak and rest, which is what
-        the peak has beyond what is held, in bytes; flops of an iteration and of an image's network calls; fits, the
-        cards that have room.
+        the peak has beyond what is held, in bytes; turns, by phase its own parts, held and peak; host, the most that
+        waits in the host's memory, in bytes; flops of an iteration and of an image's network calls; fits, the cards
+        that have room.
 
     Raises ValueError as ``train.build`` does, but for data, which are not opened.
     """
@@ -378,52 +456,83 @@ def estimate(recipe: Recipe, device: Device = "cuda") -> dict[str, Any]:
     with without_weights(ledger, device):
         session = build(recipe, device, torch.device("cpu"))
         engine, method, phases = session.engine, session.method, session.method.phases
+        built = ledger.held
+        if recipe.run.offload and device == "cuda":
+            teacher = session.family.denoiser.network
+            engine.offload = offload.of(method, teacher, engine.optimizers, Host(ledger))
+        warm(engine)
         flops = 0.0
+        peaks: dict[str, int] = {}
+        brought: dict[str, list[nn.Module]] = {phase.name: [] for phase in phases}
         # what a phase computes rises evenly with the depth of the student's chain: the mean of first and last
         depths = sorted({0, (method.num_steps or 1) - 1})
-        warm(engine)
-        ledger.peak = ledger.held
         for depth in depths:
             for phase in phases:
-                before = ledger.flops
-                turn(session, phase, depth)
+                before, ledger.peak = ledger.flops, ledger.held
+                brought[phase.name] += turn(session, phase, depth)
                 flops += (ledger.flops - before) * recipe.run.accumulate / phase.every / len(depths)
-            for average in session.ema.values():
-                average.update()
-        peak = ledger.peak
-        parts = memory.held(session)
+                for average in session.ema.values() if phase is phases[-1] else ():
+                    average.update()
+                peaks[phase.name] = max(peaks.get(phase.name, 0), ledger.peak)
+        parts = {phase.name: resident(session, phase, brought[phase.name]) for phase in phases}
         for role in [role for role, optim in recipe.optim.items() if not KINDS[optim.name].is_torch]:
             states = [t for state in engine.optimizers[role].state.values() for t in state.values()]
-            saved = memory.size(states, set()) - fewer_bits(
-                engine.parameters[role].values(), KINDS[recipe.optim[role].name].moments
-            )
-            parts["optimizer"] -= saved
-            peak -= saved
+            saved = memory.size(states, set()) - states_size(session, role)
+            for name in parts:
+                parts[name]["optimizer"] -= saved
+                peaks[name] -= saved
         image = call_flops(session, ledger)
         pipeline: Any = session.family.pipeline(lora.plain(members(session.family.denoiser.network)[0]), None)
         others = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    held = memory.total(parts)
+    held = {name: memory.total(part) for name, part in parts.items()}
+    fullest = max(held, key=lambda name: held[name])
+    peak = max(built, *peaks.values())  # all is on the device once, before what waits is taken away
     calls = method.num_steps
     return {
         "method": recipe.method.name,
         "parameters": {role: counted([network]) for role, network in method.networks.items()},
         "trained": {role: sum(p.numel() for p in found.values()) for role, found in engine.parameters.items()},
         "pipeline": {name: counted([part]) for name, part in others.items()},
-        "parts": parts,
-        "held": held,
+        "parts": parts[fullest],
+        "held": held[fullest],
         "peak": peak,
-        "rest": peak - held,
+        "rest": peak - held[fullest],
+        "turns": {name: {"parts": part, "held": held[name], "peak": peaks[name]} for name, part in parts.items()},
+        "host": ledger.most,
         "flops": flops,
         "flops_call": image,
         "flops_image": None if calls is None else calls * image,
         "batch_size": recipe.run.batch_size,
         "image_size": list(session.family.image_size),
         "precision": recipe.run.precision,
+        "dtype": recipe.model.dtype,
+        "offload": recipe.run.offload and device == "cuda",
         "gradient_checkpointing": recipe.model.gradient_checkpointing,
         "attention": session.attention,
         "device": device,
         "fits": fits(peak),
     }
+
+
+def written(recipe: Recipe) -> tuple[int, int]:
+    """Bytes of a checkpoint, and of the pipeline that a run ends with. Raises ValueError as ``estimate`` does."""
+    with without_weights(Ledger(same=not recipe.student.init), "cuda"):
+        session = build(recipe, "cuda", torch.device("cpu"))
+        engine, networks = session.engine, session.method.networks
+        warm(engine)
+        teacher = lora.plain(members(session.family.denoiser.network)[0])
+        pipeline: Any = session.family.pipeline(teacher, None)
+        others = [p for p in pipeline.components.values() if isinstance(p, nn.Module) and p is not teacher]
+    exported = [lora.plain(one) for one in members(networks[session.method.exported])]
+    own = {id(p): p for n in exported for name, p in n.named_parameters() if ".lora_" not in name}  # fused, or apart
+    kept = [t for role in engine.parameters for t in (*engine.parameters[role].values(), *networks[role].buffers())]
+    kept += [t for role in engine.moving for t in (*networks[role].parameters(), *networks[role].buffers())]
+    kept += [t for average in session.ema.values() for t in average.average.values()]
+    states = sum(states_size(session, role) for role in engine.parameters)
+    width = recipes.DTYPES[recipe.run.save_dtype].itemsize
+    return sum(t.numel() * t.element_size() for t in kept) + states, width * (
+        counted(others) + sum(p.numel() for p in own.values())
+    )
 
 
 @torch.no_grad()
@@ -459,6 +568,8 @@ def rows(
         for precision in precisions:
             log.info("%s: %s, %s", name, form, precision)
             given = {**changed, "run": {**tree.get("run", {}), "precision": precision}}
+            if "model" in given and given["model"].get("dtype", "fp32") != "fp32":  # what is computed in
+                given["model"] = {**given["model"], "dtype": precision}
             try:
                 found.append({"config": name, "form": form, **estimate(recipes.decode(given, where), device)})
             except ValueError as error:
@@ -479,7 +590,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
     lines = []
     for row in rows:
         parts = {name: memory.total({name: part}) for name, part in row["parts"].items()}
-        sizes = {**parts, "held": row["held"], "activations": row["rest"], "peak": row["peak"]}
+        sizes = {**parts, "held": row["held"], "activations": row["rest"], "peak": row["peak"], "host": row["host"]}
         image = row["flops_image"]
         lines.append(
             [
@@ -492,7 +603,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
                 f"{row['fits'][0]} GB" if row["fits"] else "none",
             ]
         )
-    columns = ["weights", "gradients", "optimizer", "ema", "pipeline", "held", "activations", "peak"]
+    columns = ["weights", "gradients", "optimizer", "ema", "pipeline", "held", "activations", "peak", "host"]
     return ["config", "student", "precision", *columns, "TFLOP/step", "TFLOP/image", "card"], lines
 
 
@@ -503,10 +614,17 @@ def told(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
         f"{first['config']}: {first['method']}, {first['batch_size']} images of {size} a micro-batch, attention "
         f"{first['attention']}, gradient checkpointing {'on' if first['gradient_checkpointing'] else 'off'}"
+        + (", frozen weights in what is computed in" if any(row["dtype"] != "fp32" for row in rows) else "")
     ]
     for row in {row["form"]: row for row in rows}.values():
         roles = [f"{role} {count:,}" for role, count in {**row["parameters"], **row["pipeline"]}.items()]
         lines.append(f"{row['form']}: parameters of {', '.join(roles)}")
+    for row in [row for row in rows if row["offload"]]:
+        turns = [f"{name} {t['held'] / 2**30:,.2f}, peak {t['peak'] / 2**30:,.2f}" for name, t in row["turns"].items()]
+        lines.append(
+            f"{row['form']}, {row['precision']}: held in the turn of {'; of '.join(turns)}; run.offload lets up to "
+            f"{row['host'] / 2**30:,.2f} wait in the host's memory"
+        )
     cards = ", ".join(map(str, CARDS))
     return [
         *lines,

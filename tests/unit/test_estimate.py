@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastgen import config, estimate, memory, recipe
+from fastgen import config, estimate, memory, offload, recipe
 from fastgen.recipe import Model
 from fastgen.train import build
-from tests import command
+from tests import command, tiny
+from tests.gpu import memory as real
 
 # Counts of denoising networks that were not found anywhere to the last digit: the size in the model's name
 ROUNDED = {
@@ -202,6 +203,146 @@ def test_eight_bit_optimizers_hold_a_quarter(tree: dict[str, Any]) -> None:
     assert {k: v for k, v in plain["parts"].items() if k != "optimizer"} == {
         k: v for k, v in found["parts"].items() if k != "optimizer"
     }
+
+
+# What waits in the host's memory
+
+
+def numbers(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def blocks(network: nn.Module, copies: int, block: int) -> int:
+    """Bytes of so many float32 copies of its parameters, each rounded up to blocks."""
+    return copies * sum(-(-4 * p.numel() // block) * block for p in network.parameters())
+
+
+def test_with_offload_a_turn_holds_what_it_needs_and_the_rest_waits(tree: dict[str, Any]) -> None:
+    """DMD2 of whole networks: its critic has no use for the teacher and the student's moments."""
+    teacher, student = tiny.unet(), tiny.unet(time_cond_proj_dim=32)  # of which the projection does not learn
+    one, tensors = 4 * numbers(teacher), 4 * len([*teacher.parameters()])
+    encoders = 4 * sum(numbers(part) for part in (tiny.pipeline().vae, tiny.pipeline().text_encoder))
+    ids = 8 * 16  # the text encoder's positions, which are a buffer
+    plain = estimate.estimate(recipe.decode(tree, "run.yaml"), "cuda")
+    tree["run"]["offload"] = True
+    row = estimate.estimate(recipe.decode(tree, "run.yaml"), "cuda")
+    moments = 2 * one + tensors  # of a role: two numbers for each of its weights, and a count for each tensor
+    learning = 4 * numbers(student) + one  # student's and fake score's weights
+    expected = {
+        "weights": {"teacher": 0, "student": 4 * numbers(student), "fake_score": one},
+        "gradients": one,
+        "optimizer": moments,
+        "ema": one,
+        "pipeline": encoders + ids,
+    }
+    assert row["turns"]["critic"]["parts"] == expected
+    assert row["turns"]["critic"]["held"] == learning + one + moments + one + encoders + ids
+    expected["weights"]["teacher"] = one
+    assert row["turns"]["student"]["parts"] == row["parts"] == expected
+    assert row["turns"]["student"]["held"] == row["held"] == learning + 3 * one + moments + encoders + ids
+    assert row["host"] == one + 2 * moments  # at a change of phase the moments of both
+    assert row["peak"] == max(turn["peak"] for turn in row["turns"].values())
+    assert plain["host"] == 0
+    assert plain["held"] == row["held"] + moments
+    # all that passes through a turn is the same, and what waits is off its peak, in blocks of the allocator
+    waits = blocks(teacher, 2, 512) + 512 * len([*teacher.parameters()])
+    for name, more in (("critic", blocks(teacher, 1, 512)), ("student", 0)):
+        assert plain["turns"][name]["peak"] - row["turns"][name]["peak"] == waits + more
+    assert plain["peak"] - row["peak"] == waits
+
+
+def test_without_a_device_of_its_own_nothing_waits(tree: dict[str, Any]) -> None:
+    plain = estimate.estimate(recipe.decode(tree, "run.yaml"), "cpu")
+    tree["run"]["offload"] = True
+    row = estimate.estimate(recipe.decode(tree, "run.yaml"), "cpu")
+    assert {**row, "offload": True} == {**plain, "offload": True}
+    assert not row["offload"]
+
+
+class Tracked:
+    """A way to the host's memory that knows which tensors wait there."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[int, torch.Tensor] = {}
+
+    def is_here(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata not in self.waiting
+
+    def away(self, tensor: torch.Tensor) -> torch.Tensor:
+        left = tensor.clone()
+        self.waiting[left.untyped_storage()._cdata] = left
+        return left
+
+    def here(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone()
+
+
+@pytest.mark.parametrize("form", memory.FORMS)
+def test_what_a_turn_holds_with_offload_is_what_a_real_one_holds(
+    tree: dict[str, Any], form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move = Tracked()
+    monkeypatch.setattr(offload, "way", lambda device: move)
+    tree["run"]["offload"] = True
+    decoded = recipe.decode(memory.formed(tree, form), "run.yaml")
+    session = build(decoded)
+    engine, held = session.engine, dict[str, int]()
+    rest, now = engine.offload.rest, [""]
+
+    def resting() -> None:
+        if any(p.grad is not None for found in engine.parameters.values() for p in found.values()):
+            held[now[0]] = real.held_now(session, move.is_here)
+        rest()
+
+    monkeypatch.setattr(engine.offload, "rest", resting)
+    for step in (0, 2):
+        for phase in session.method.phases:
+            now[0] = phase.name
+            engine.turn(phase, step)
+    row = estimate.estimate(decoded, "cuda")
+    assert {name: turn["held"] for name, turn in row["turns"].items()} == held
+    assert (row["turns"]["critic"]["parts"]["weights"].get("teacher") == 0) == (form == "whole")
+    assert row["host"] > 0
+
+
+def test_what_offload_does_not_go_with_is_refused(tree: dict[str, Any]) -> None:
+    tree["run"]["offload"] = True
+    tree["optim"]["student"]["name"] = "adamw8bit"
+    with pytest.raises(ValueError, match=r"torch's own optimizers, and optim.student.name is 'adamw8bit'"):
+        estimate.estimate(recipe.decode(tree, "run.yaml"), "cuda")
+
+
+def test_frozen_weights_of_layers_take_half_in_half_precision(tree: dict[str, Any]) -> None:
+    def row(dtype: str) -> dict[str, Any]:
+        given = config.override(tree, ["run.precision=bf16", f"model.dtype={dtype}"])
+        return estimate.estimate(recipe.decode(given, "run.yaml"), "cuda")
+
+    teacher = tiny.unet()
+    layers = [m.weight.numel() for m in teacher.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    full, half = row("fp32"), row("bf16")
+    assert full["parts"]["weights"]["teacher"] == 4 * numbers(teacher)
+    assert half["parts"]["weights"]["teacher"] == 4 * numbers(teacher) - 2 * sum(layers)
+    assert full["held"] - half["held"] == 2 * sum(layers)
+    for name in ("gradients", "optimizer", "ema", "pipeline"):
+        assert full["parts"][name] == half["parts"][name]
+    saved = sum(-(-4 * n // 512) * 512 - -(-2 * n // 512) * 512 for n in layers)
+    assert full["peak"] - half["peak"] >= saved  # and casts of the teacher's weights, where they count
+
+
+def test_rows_of_a_lower_dtype_are_each_held_in_what_it_computes_in(tree: dict[str, Any]) -> None:
+    tree["model"]["dtype"] = "bf16"
+    tree["run"]["offload"] = True
+    rows = estimate.rows(tree, "run", "run.yaml", ["whole"], ["fp32", "bf16"], "cuda")
+    assert [(row["precision"], row["dtype"]) for row in rows] == [("fp32", "fp32"), ("bf16", "bf16")]
+    weights = [row["parts"]["weights"]["teacher"] for row in rows]
+    assert weights[0] == 4 * numbers(tiny.unet()) > weights[1]
+    columns, lines = estimate.table(rows)
+    assert columns[columns.index("peak") + 1] == "host"
+    assert [len(line) for line in lines] == [len(columns)] * 2
+    told = estimate.told(rows)
+    assert told[0].endswith("gradient checkpointing off, frozen weights in what is computed in")
+    assert told[2].startswith("whole, fp32: held in the turn of critic 0.00, peak 0.0")
+    assert told[3].endswith("run.offload lets up to 0.00 wait in the host's memory")
 
 
 def test_a_longer_chain_costs_a_call_more_on_average(tree: dict[str, Any]) -> None:
