@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import weights
 from .context import About, Context
-from .preference import ClipScores, Preference, coloured, filled, read, resized, vocabulary
+from .preference import ClipScores, Preference, coloured, filled, resized, vocabulary
 
 ABOUT = About(title="HPS v2.1", needs=("hpsv2", "clip"), values=("hpsv2",), better="high")
 HEADS = 16
@@ -121,11 +121,12 @@ def load(file: Path, clip: str | None, device: str) -> ClipScores:
     """The extractor of a checkpoint; clip: ``eval.weights.clip``. Raises ValueError if it or the tokenizer is none."""
     from transformers import CLIPTokenizer
 
-    state = read(file)
+    source = weights.known("hpsv2").source
+    state = weights.tensors(file, f"fetch it again from {source}")
     try:
-        made = network({name: value for name, value in state.items() if isinstance(value, Tensor)})
+        made = network(state)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}; fetch it again from {weights.known('hpsv2').source}") from None
+        raise ValueError(f"{file}: {error}; fetch it again from {source}") from None
     told = {
         "extractor": "HPS v2.1",
         "sha256": weights.sha256(file),

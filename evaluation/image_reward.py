@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from . import weights
 from .context import About, Context
-from .preference import Preference, coloured, filled, read, resized_in_steps, vocabulary
+from .preference import Preference, coloured, filled, resized_in_steps, vocabulary
 
 ABOUT = About(title="ImageReward", needs=("image_reward", "bert"), values=("image_reward",), better="high")
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -165,11 +165,12 @@ def load(file: Path, bert: str | None, device: str) -> Rewards:
     """The extractor of a checkpoint; bert: ``eval.weights.bert``. Raises ValueError if it or the tokenizer is none."""
     from transformers import BertTokenizer
 
-    state = read(file)
+    source = weights.known("image_reward").source
+    state = weights.tensors(file, f"fetch it again from {source}")
     try:
-        made = network({name: value for name, value in state.items() if isinstance(value, Tensor)})
+        made = network(state)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}; fetch it again from {weights.known('image_reward').source}") from None
+        raise ValueError(f"{file}: {error}; fetch it again from {source}") from None
     words = vocabulary(
         BertTokenizer,
         file.parent,

@@ -14,7 +14,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from fastgen import calls, parallel
-from fastgen.checkpoint import write_text
+from fastgen.checkpoint import atomic_file, write_text
+from fastgen.export import called
 from fastgen.plain import from_json
 from fastgen.rng import seed_of
 
@@ -46,13 +47,13 @@ def generate(
         raise ValueError("no prompts to make images from; give at least one")
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}")
-    given = arguments(pipeline, steps, guidance_scale) | dict(call or {})
+    given, draw = arguments(pipeline, steps, guidance_scale) | dict(call or {}), called(pipeline)
     for start in range(0, len(prompts), batch_size):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
         told = calls.prompted(pipeline, prompts[start : start + batch_size])
         with torch.random.fork_rng():
             torch.manual_seed(seeds[start])
-            made = pipeline(**told, generator=generators, output_type="pil", **given)
+            made = draw(**told, generator=generators, output_type="pil", **given)
         pixels = [np.asarray(image.convert("RGB")) for image in (frame(shown) for shown in made[0])]
         yield torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
 
@@ -136,6 +137,5 @@ def read_png(file: Path) -> Tensor:
 def write_png(image: Tensor, file: Path) -> None:
     """image: uint8 [3, H, W] -> a file that appears whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(partial, "PNG")
-    partial.replace(file)
+    with atomic_file(file) as partial:
+        Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(partial, "PNG")

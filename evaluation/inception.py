@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, max_pool2d, relu
 
+from . import weights
+
 SIZE = 299
 """Pixels of a side that the network was trained on."""
 FEATURES, CLASSES = 2048, 1008
@@ -265,15 +267,15 @@ def load(file: Path) -> InceptionV3:
     """The network with the weights of a file, float32 and frozen. Raises ValueError, naming it, if it has none."""
     with torch.device("meta"):  # no random start, which would move the generator
         network = InceptionV3()
+    tensors = read(file)
     try:
-        tensors = read(file)
         wanted = [name for name in network.state_dict() if not name.endswith("num_batches_tracked")]
         missing = [name for name in wanted if name not in tensors]
         if missing:
             raise ValueError(f"lacks {len(missing)} tensors, such as {missing[0]}")
         network.load_state_dict({name: tensors[name].float() for name in wanted}, strict=False, assign=True)
-    except Exception as error:  # of several libraries, for whatever else a file can be
-        reason = " ".join(str(error).split()).partition(". ")[0][:200]  # torch goes on to advise against safety
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{file}: not InceptionV3's weights ({reason}); fetch the file again") from None
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -282,18 +284,24 @@ def load(file: Path) -> InceptionV3:
 
 
 def read(file: Path) -> dict[str, Tensor]:
-    """A file's tensors, under pytorch-fid's names."""
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    """A file's tensors, under pytorch-fid's names. Raises ValueError, naming it, if it is not readable."""
+    plain = file.suffix in (".safetensors", ".pth")
+    tensors = weights.tensors(file, "fetch the file again") if plain else scripted(file)
+    try:
+        return renamed(tensors) if "output.weight" in tensors else tensors
+    except KeyError as error:
+        raise ValueError(f"{file}: not InceptionV3's weights (lacks {error}); fetch the file again") from None
 
-        tensors = load_file(file)
-    elif file.suffix == ".pth":
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    else:
+
+def scripted(file: Path) -> dict[str, Tensor]:
+    """The tensors of a TorchScript. Raises ValueError, naming the file, if it is none."""
+    try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`torch.jit.load` is", FutureWarning)
-            tensors = dict(torch.jit.load(file, map_location="cpu").state_dict())
-    return renamed(tensors) if "output.weight" in tensors else tensors
+            return dict(torch.jit.load(file, map_location="cpu").state_dict())
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0][:200]
+        raise ValueError(f"{file}: no TorchScript ({reason}); fetch the file again") from None
 
 
 def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -296,13 +296,13 @@ def image_size(folder: Path) -> tuple[int, int]:
         return card["height"], card["width"]
     with opening(folder):
         pipeline = from_pretrained(folder, dtype=torch.float32)
-    network = pipeline.components.get("unet") or pipeline.components["transformer"]
-    side: int | Sequence[int] | None = network.config.get("sample_size")
-    if side is None:
-        family: Family = family_of(str(folder)).load(str(folder), torch.device("cpu"), None, 1.0, None, None)
-        return family.image_size
-    height, width = (side, side) if isinstance(side, int) else side
-    vae, factor = pipeline.components.get("vae"), vars(pipeline).get("vae_scale_factor")
-    if factor is None:  # in pixel space, and DiTPipeline
-        factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-    return height * factor, width * factor
+        network = pipeline.components.get("unet") or pipeline.components["transformer"]
+        side: int | Sequence[int] | None = network.config.get("sample_size")
+        if side is None:
+            family: Family = family_of(str(folder)).load(str(folder), torch.device("cpu"), None, 1.0, None, None)
+            return family.image_size
+        height, width = (side, side) if isinstance(side, int) else side
+        vae, factor = pipeline.components.get("vae"), vars(pipeline).get("vae_scale_factor")
+        if factor is None:  # in pixel space, and DiTPipeline
+            factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        return height * factor, width * factor

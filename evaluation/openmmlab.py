@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fastgen.checkpoint import atomic_folder
 
+from . import weights
 from .mask2former import ORIGIN, needed
-from .weights import sha256
 
 URL = (
     "https://download.openmmlab.com/mmdetection/v2.0/mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco/"
@@ -180,7 +180,7 @@ def convert(checkpoint: Path, folder: Path, config: Any = None) -> None:
     config = swin_small() if config is None else config
     tensors = renamed(read(checkpoint))
     tensors["criterion.empty_weight"] = torch.tensor([1.0] * config.num_labels + [EMPTY_WEIGHT])
-    digest = sha256(checkpoint)
+    digest = weights.sha256(checkpoint)
     official = digest.startswith(Path(URL).stem.rpartition("-")[2])
     origin = f"{'the official detector' if official else 'a checkpoint'} of OpenMMLab, {checkpoint.name}, {digest}"
     with atomic_folder(folder) as partial:
@@ -211,27 +211,8 @@ def _some(names: Sequence[str]) -> str:
 
 def read(checkpoint: Path) -> dict[str, Tensor]:
     """The network's tensors of a checkpoint. Raises ValueError if it is not there or holds more than numbers."""
-    if not checkpoint.is_file():
-        raise ValueError(f"{checkpoint}: no such checkpoint; it comes from {URL}")
-    if checkpoint.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return dict(load_file(checkpoint))
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{checkpoint}: no whole safetensors file ({error}); write it again") from None
-    try:
-        held = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception:  # of several libraries: cut, of another format, or with code in it, which is not run
-        raise ValueError(
-            f"{checkpoint}: not readable as plain tensors; fetch it again from {URL}, or write the tensors of a "
-            "checkpoint that you trust to a .safetensors file"
-        ) from None
-    tensors = held.get("state_dict", held) if isinstance(held, dict) else {}
-    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ValueError(f"{checkpoint}: no checkpoint of MMDetection, which has its tensors in `state_dict`")
-    return dict(tensors)
+    trusted = "or write the tensors of a checkpoint that you trust to a .safetensors file"
+    return weights.tensors(checkpoint, f"fetch it again from {URL}, {trusted}")
 
 
 def swin_small() -> Any:

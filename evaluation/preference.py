@@ -121,22 +121,6 @@ def coloured(pixels: Tensor) -> Tensor:
     return (pixels - mean) / std
 
 
-def read(file: Path) -> dict[str, Any]:
-    """What a checkpoint holds by name, of its ``state_dict`` if it has one. Raises ValueError, naming the file.
-
-    A .pt file is read as numbers and containers alone (``weights_only``): nothing in it is run.
-    """
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return dict(load_file(file))
-        held = torch.load(file, map_location="cpu", weights_only=True)
-        return dict(held.get("state_dict", held))
-    except Exception as error:  # torch, zipfile, pickle and safetensors each have their own
-        raise ValueError(f"{file}: not a readable checkpoint ({' '.join(str(error).split())[:200]})") from None
-
-
 def vocabulary(
     kind: Any, beside: Path, files: Sequence[str], otherwise: Callable[[], Path], sizes: Sequence[int]
 ) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageDraw, ImageFont
 
 import fastgen
-from fastgen.checkpoint import write_text
+from fastgen.checkpoint import atomic_file, write_text
 from fastgen.plain import from_json
 from fastgen.tracking import read as read_metrics
 
@@ -81,7 +81,7 @@ def around(document: Path, name: str) -> tuple[str, str]:
 
 
 def said(rows: Sequence[Row]) -> str:
-    """One paragraph of protocol, for below a table."""
+    """One paragraph of protocol in Markdown, for below a table."""
     commits = dict.fromkeys(_short(str(row["protocol"].get("commit"))) for row in rows if row.get("protocol"))
     protocol: Row = next((row["protocol"] for row in reversed(rows) if row.get("protocol")), {})
     versions = protocol.get("versions", {})
@@ -92,7 +92,7 @@ def said(rows: Sequence[Row]) -> str:
         names,
         f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}",
     ]
-    return "; ".join(part for part in parts if part) + "."
+    return plain("; ".join(part for part in parts if part) + ".")
 
 
 def _short(commit: str) -> str:
@@ -124,9 +124,8 @@ def picture(run: Path, file: Path, side: int = 96) -> None:
                     tile = opened.convert("RGB").resize((side, side), Image.Resampling.NEAREST)
                 canvas.paste(tile, (label + i * (side + gap), top))
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}")
-    canvas.save(partial, "PNG", optimize=True)
-    partial.replace(file)
+    with atomic_file(file) as partial:
+        canvas.save(partial, "PNG", optimize=True)
 
 
 def print_table(rows: Sequence[Row]) -> None:
@@ -204,7 +203,7 @@ def markdown(title: str, run: Path, rows: Sequence[Row]) -> str:
     parts = [f"# {plain(title)}", plain(verdict(groups[0])), plain(separated(groups))]
     for number, group in enumerate(groups, 1):
         parts += [f"## Table {number}" if len(groups) > 1 else "## Results", markdown_table(group)]
-        parts.append(plain(said(group)))
+        parts.append(said(group))
         if any(row.get("intervals") for row in group):
             parts.append("Brackets: 95 % interval, by bootstrap over the images.")
         for name, table in by_task(group):

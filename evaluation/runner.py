@@ -21,7 +21,7 @@ from torch import Tensor
 from fastgen import calls, parallel, registry
 from fastgen.checkpoint import write_text
 from fastgen.data import Source
-from fastgen.export import from_pretrained, read_card
+from fastgen.export import from_pretrained, opening, read_card
 from fastgen.plain import from_json
 from fastgen.recipe import DTYPES
 
@@ -222,14 +222,8 @@ def measurable(names: Sequence[str], prompts: Sequence[str], left_out: Iterable[
 def open_pipeline(pipeline: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
     """A pipeline by folder or Hub id, through plain Diffusers; a loaded one as it is. Raises ValueError."""
     if isinstance(pipeline, str | Path):
-        from safetensors import SafetensorError
-
-        unusable = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
-        try:
+        with opening(pipeline):
             pipeline = from_pretrained(pipeline, dtype=dtype)
-        except unusable as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"{pipeline}: not a pipeline that Diffusers can open ({reason})") from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 

@@ -1,7 +1,7 @@
 """Where the weights of extractors are: one table of names, files, sources and usual places.
 
-Nothing is downloaded by ``find``; ``fetch`` does, when asked to. Weights of their own kinds are read by those who use
-them (features.py, fastgen.lpips, ...).
+Nothing is downloaded by ``find``; ``fetch`` does, when asked to. ``tensors`` reads checkpoints of others; what
+Transformers wrote is read by those who use it (features.py, ...).
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from fastgen import lpips
 from fastgen.checkpoint import atomic_file
@@ -239,6 +242,29 @@ def _from_hub(name: str, entry: Weights) -> Path:
             f"{home() / entry.files[0]}: weights of {name} cannot be had from {entry.source} ({reason}); put them "
             "there by hand"
         ) from None
+
+
+def tensors(file: Path, remedy: str) -> dict[str, Tensor]:
+    """A checkpoint's tensors by name, of its ``state_dict`` if it has one; what else it holds is left out.
+
+    A .safetensors, or a file of torch's own, which is read as numbers and containers alone (``weights_only``): nothing
+    in it is run. remedy: what to do about another. Raises ValueError, naming the file.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file}: no such checkpoint; {remedy}")
+    try:
+        if file.suffix == ".safetensors":
+            held: Any = load_file(file)
+        else:
+            held = torch.load(file, map_location="cpu", weights_only=True)
+        named = held.get("state_dict", held)
+        found = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    except Exception as error:  # of several libraries: cut, of another format, or with code in it, which is not run
+        reason = " ".join(str(error).split()).partition(". ")[0][:200]  # torch goes on to advise against safety
+        raise ValueError(f"{file}: not readable as plain tensors ({reason}); {remedy}") from None
+    if not found:
+        raise ValueError(f"{file}: has no tensors, nor any in `state_dict`; {remedy}")
+    return found
 
 
 def sha256(path: Path) -> str:

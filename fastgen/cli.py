@@ -8,6 +8,8 @@ import json
 import logging
 import math
 import os
+import re
+import signal
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +18,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
+from . import interrupt
 from .plain import hidden
 
 app = typer.Typer(
@@ -224,7 +227,7 @@ def generate(
     import torch
 
     from . import calls, parallel
-    from .export import load, read_card
+    from .export import called, load, read_card
     from .pipelines import guiders
     from .recipe import DTYPES, locate
     from .rng import seed_of
@@ -280,10 +283,11 @@ def generate(
         if chosen is not None:
             counts.append(stack.enter_context(chosen.switched_on(pipe)))
             call = chosen.call() | call
+        draw = called(pipe)
         for number, index in mine:
             generator = torch.Generator().manual_seed(seed_of(seed, index))
             torch.manual_seed(seed_of(seed, index, "steps"))  # some hand no generator to a scheduler that draws noise
-            made = pipe(**told[number], generator=generator, output_type="pil", **call)[0][0]  # an image, or frames
+            made = draw(**told[number], generator=generator, output_type="pil", **call)[0][0]  # an image, or frames
             out.mkdir(parents=True, exist_ok=True)
             file = save_frames(made if isinstance(made, list) else [made], out / f"{number:04d}_{index:02d}", fps)
             typer.echo(f"{file}  {prompt[number]}")
@@ -987,12 +991,16 @@ def main() -> None:
     """Run the command line, with no traceback unless --debug.
 
     Exit codes: 0 done, 1 failed, 2 bad input, 3 ended by ``health.stop``, 75 training that was asked to stop and goes
-    on by the same command, 130 Ctrl-C elsewhere, or twice, and 143 so for SIGTERM.
+    on by the same command, 130 Ctrl-C elsewhere, or twice, and 143 so for SIGTERM: other commands end where they are.
     """
     usage: Any = typer.BadParameter.__mro__[1]  # UsageError, of click or of the click within newer typers
     code: Any = 0
+    kept = "what was written before is whole"
     try:
-        code = app(standalone_mode=False)  # else a usage error would be a box of several lines
+        with interrupt.watched(kept=kept) as watch:
+            code = app(standalone_mode=False)  # else a usage error would be a box of several lines
+    except interrupt.Interrupted:
+        code = 128 + watch.number
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except usage as error:
@@ -1004,9 +1012,11 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        fail(*explained(error))
-    if code == 130:  # newer typers catch Ctrl-C themselves
-        fail("interrupted; what was written before is whole", 130)
+        if not watch.number:  # else it comes of a library that went on with half of an import
+            fail(*explained(error))
+        code = 128 + watch.number
+    if code in (130, 143):  # newer typers catch Ctrl-C themselves
+        fail(f"ended by {signal.Signals(code - 128).name}; {kept}", code)
     if code:
         sys.exit(code)
 
@@ -1026,16 +1036,31 @@ def explained(error: Exception) -> tuple[str, int]:
         names = FileNotFoundError | NotADirectoryError | IsADirectoryError | FileExistsError
         told = f"{error.filename or 'i/o'}: {error.strerror}" if error.strerror else str(error)
         return told, 2 if isinstance(error, names) or error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else 1
+    import torch
+
     from .engine import NonFiniteLoss
     from .export import ExportError
     from .health import Unhealthy
     from .interrupt import ProcessGone
 
+    if isinstance(error, torch.OutOfMemoryError):
+        return no_room(str(error)), 1
     if isinstance(error, NonFiniteLoss | ExportError | ProcessGone):
         return str(error), 1
     if isinstance(error, Unhealthy):
         return str(error), 3
     return f"{type(error).__name__}: {error}; `fastgen --debug ...` shows where", 1
+
+
+def no_room(text: str) -> str:
+    """What torch says when a GPU has no memory left, without its advice on its allocator -> what would do here."""
+    tried = re.search(r"ried to allocate [\d.]+ \w+", text)
+    told = f" (t{tried[0]})" if tried else ""
+    return (
+        f"the GPU has no room left{told}; a smaller batch takes less: in a training run.batch_size, which "
+        "run.accumulate makes up for, or model.gradient_checkpointing=true, run.offload=true, student.lora; "
+        "`fastgen estimate CONFIG` tells what it takes"
+    )
 
 
 if __name__ == "__main__":

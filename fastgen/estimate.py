@@ -40,6 +40,7 @@ from .denoiser import Cond
 from .ema import EMA
 from .engine import Engine
 from .experts import members
+from .export import opening
 from .family import Family
 from .guidance import student_guidance, with_guidance
 from .method import Batch, Method, NeedsPairs, Phase
@@ -268,13 +269,14 @@ def opened(folder: Path) -> Any:
     import diffusers
 
     made = {}
-    for name, value in parts.items():
-        if not isinstance(value, list) or len(value) != 2:
-            if not name.startswith("_"):
-                made[name] = value
-            continue
-        made[name] = None if value[0] is None else component(folder / name, *value)
-    return getattr(diffusers, parts["_class_name"])(**made)
+    with opening(folder):
+        for name, value in parts.items():
+            if not isinstance(value, list) or len(value) != 2:
+                if not name.startswith("_"):
+                    made[name] = value
+                continue
+            made[name] = None if value[0] is None else component(folder / name, *value)
+        return getattr(diffusers, parts["_class_name"])(**made)
 
 
 def component(folder: Path, library: str, name: str) -> Any:

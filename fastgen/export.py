@@ -10,9 +10,12 @@ import functools
 import importlib
 import inspect
 import json
+import math
+import os
 import re
 import reprlib
 import textwrap
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import calls
+from . import calls, interrupt
 from .checkpoint import atomic_folder
 from .family import Family
 from .guidance import with_guidance
@@ -42,6 +45,8 @@ USE = "DiffusionPipeline.from_pretrained(folder, trust_remote_code=True), or fas
 """What the card says of a pipeline that brings code, a component that Diffusers does not have."""
 LORA = "pytorch_lora_weights.safetensors"
 """The name under which Diffusers looks for a LoRA file."""
+SETTINGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
+"""What the files are called that say how a component of a pipeline is made."""
 TOLERANCE = 1e-4
 """Largest difference between pipeline and sampler, as a share of the latents' largest value, in float32."""
 HALF_TOLERANCE = 0.1
@@ -479,6 +484,8 @@ def check_pipeline(path: str | Path, *wanted: str) -> None:
                 f"{folder}: its {name} is a {value[1]}, which brings its own code; this family takes Diffusers' own: "
                 "name another pipeline"
             )
+    for file in sorted(found for name in SETTINGS for found in folder.glob(f"*/{name}")):
+        _check_settings(file)
     for file in sorted(folder.glob("*/*.safetensors")):
         _check_weights(file)
 
@@ -489,6 +496,16 @@ def class_of(path: str | Path) -> str:
 
     found: str = DiffusionPipeline.load_config(path)["_class_name"]
     return found
+
+
+def _check_settings(file: Path) -> None:
+    try:
+        if isinstance(from_json(file.read_text(encoding="utf-8")), dict):
+            return
+        reason = "it is no object"  # of a text the libraries think that it is the name of a model on the Hub
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    raise ValueError(f"{file}: not the settings of a component ({reason}); save or download the pipeline again")
 
 
 def _check_weights(file: Path) -> None:
@@ -503,17 +520,105 @@ def _check_weights(file: Path) -> None:
 
 @contextmanager
 def opening(path: str | Path) -> Iterator[None]:
-    """Within it, whatever a library raises on a pipeline that it cannot open is a ValueError that names ``path``."""
+    """Within it, whatever a library raises on a pipeline that it cannot open is a ValueError that names ``path``.
+
+    And the component that it could not open, where that shows. Memory that ran out is not the pipeline's fault.
+    """
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        if not _of_files(error):
+            raise
         where = "" if Path(path).exists() else "no such folder, and not on the Hub or not reachable: "
-        raise ValueError(f"{path}: cannot be opened as a pipeline ({where}{_short(error)})") from error
+        again = "; save or download it again" if not where and not _raised_here(error) else ""
+        raise ValueError(
+            f"{path}: cannot be opened as a pipeline ({where}{_component(error, path)}{_short(error)}){again}"
+        ) from error
 
 
-def _short(error: Exception) -> str:
-    """A library's message on one line."""
-    return textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
+@contextmanager
+def using(path: str | Path) -> Iterator[None]:
+    """Within it, whatever a library raises in the first use of a pipeline is a ValueError that names ``path``.
+
+    What the files of a component say wrongly, such as a tokenizer's length, may show only there. What fastgen itself
+    raises stays as it is.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not _of_files(error) or _raised_here(error):
+            raise
+        told = f"{_component(error, path)}{_short(error)}"
+        if isinstance(error, ValueError):  # as of a size that its call does not take
+            raise ValueError(f"{path}: {told}") from error
+        raise ValueError(
+            f"{path}: does not work as a pipeline ({told}); if others do here, save or download it again"
+        ) from error
+
+
+def tried(use: Callable[..., Any], path: str | Path) -> Callable[..., Any]:
+    """A function of a pipeline that works within ``using`` until it has worked once."""
+    works = False
+
+    def call(*args: Any, **named: Any) -> Any:
+        nonlocal works
+        if works:
+            return use(*args, **named)
+        with using(path):
+            result = use(*args, **named)
+        works = True
+        return result
+
+    return call
+
+
+def called(pipeline: Any) -> Callable[..., Any]:
+    """The call of a stock pipeline, ``tried`` if its files are known."""
+    place = _home(pipeline)
+    return tried(pipeline, place) if place else pipeline
+
+
+def _of_files(error: BaseException) -> bool:
+    """Whether files can be what an error comes of, and not that memory ran out or another process is gone."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or interrupt.of_another(error):
+        return False
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"  # of Rust, as in tokenizers
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether a line of fastgen raised it, and none of a library below."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).partition(".")[0] == "fastgen"
+
+
+def _component(error: BaseException, path: str | Path) -> str:
+    """With whose files or in whose code a library met an error, as "its NAME: "; empty: in no component's.
+
+    That is the deepest call with a variable that is a place in the component's folder, or was loaded from there.
+    """
+    found = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        for value in frame.f_locals.values():
+            place = _home(value)
+            if place.startswith(f"{path}{os.sep}"):
+                name = Path(place).relative_to(path).parts[0]
+                found = f"its {name}: " if (Path(path) / name).is_dir() else found
+    return found
+
+
+def _home(value: Any) -> str:
+    """A place on disk: of a text itself, of a component what Diffusers or Transformers noted; empty: none."""
+    if isinstance(value, str | Path):
+        return str(value)
+    facts = getattr(value, "__dict__", {})
+    settings = facts.get("_internal_dict") or getattr(facts.get("config"), "__dict__", {})
+    return str(facts.get("name_or_path") or settings.get("_name_or_path") or "")
+
+
+def _short(error: BaseException) -> str:
+    """A library's message on one line, with the error's kind where it would say too little."""
+    kind = "" if isinstance(error, ValueError | OSError | RuntimeError) else f"{type(error).__name__}: "
+    return textwrap.shorten(f"{kind}{error}" if str(error) else type(error).__name__, 300, placeholder=" ...")
 
 
 def _code(folder: Path) -> list[Path]:
@@ -547,14 +652,39 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
 
 
 def whole(pipeline: Any, path: str | Path) -> Any:
-    """The pipeline itself. Raises ValueError if its files lacked some of its weights, which are then nowhere."""
+    """The pipeline itself. Raises ValueError if its files lacked some of its weights.
+
+    Of Diffusers' models these are then nowhere, and of Transformers' made up at random.
+    """
+    from transformers import PreTrainedModel
+
     for name, part in pipeline.components.items():
-        lacking = [key for key, p in part.named_parameters() if p.is_meta] if isinstance(part, torch.nn.Module) else []
+        if not isinstance(part, torch.nn.Module):
+            continue
+        lacking = [key for key, p in part.named_parameters() if p.is_meta]
         if lacking:
             raise ValueError(
                 f"{path}: the files of its {name} lack {len(lacking)} weights, as {lacking[0]}; download it again"
             )
+        made_up = _made_up(part, Path(path) / name) if isinstance(part, PreTrainedModel) else 0
+        if made_up:
+            raise ValueError(
+                f"{path}: the files of its {name} lack {made_up} of the numbers that its config.json asks for; "
+                "download it again"
+            )
     return pipeline
+
+
+def _made_up(model: Any, folder: Path) -> int:
+    """How many numbers of a model cannot be from the files of a folder; 0 too if there are none, or quantized ones."""
+    from safetensors import safe_open
+
+    held = 0
+    files = [] if vars(model.config).get("quantization_config") else list(folder.glob("*.safetensors"))
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            held += sum(math.prod(opened.get_slice(key).get_shape()) for key in opened.keys())
+    return max(0, sum(p.numel() for p in model.parameters()) - held) if files else 0
 
 
 def load(path: str | Path, **kwargs: Any) -> Any:

@@ -1,7 +1,8 @@
 """Signals and a limit of time: training ends after the step in hand with a checkpoint, and the same command goes on.
 
 Between two steps ``Watch.asked`` says why to stop, the same in every process. Before the first step and after the
-last one nothing is worth waiting for, and a signal ends the training where it is. A second one leaves at once, always.
+last one nothing is worth waiting for, and a signal ends the training where it is, by an exception, so that nothing is
+left half-written; every other command too. A second one leaves at once, always.
 """
 
 from __future__ import annotations
@@ -18,22 +19,21 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from . import parallel
-
 CODE = 75
 """Exit code of a training that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h, try again later."""
 AGAIN = 1.0
 """Seconds after the first signal in which another is the same request: Ctrl-C reaches a process and its launcher, and
 the launcher hands it on."""
+NEWEST = "the same command goes on from the newest checkpoint"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """What asks a training to stop."""
 
 
 class Interrupted(BaseException):
-    """A training was asked to stop and can go on. No Exception, which libraries would take for a failure of theirs."""
+    """A command was asked to stop, and a training can go on.
+
+    No Exception, which libraries would take for a failure of theirs.
+    """
 
 
 class ProcessGone(RuntimeError):
@@ -41,11 +41,11 @@ class ProcessGone(RuntimeError):
 
 
 class Watch:
-    """Knows whether this training was asked to stop."""
+    """Knows whether this command was asked to stop."""
 
-    def __init__(self, hours: float) -> None:
-        """hours: from now on, after which to stop; 0: never."""
-        self.hours = hours
+    def __init__(self, hours: float, kept: str = NEWEST) -> None:
+        """hours: from now on, after which to stop; 0: never. kept: what is said where a second signal leaves."""
+        self.hours, self.kept = hours, kept
         self.limit = time.monotonic() + (3600 * hours or math.inf)  # whatever becomes of the wall clock
         self.number = 0
         self._stepping, self._lap, self._longest = False, 0.0, 0.0
@@ -76,6 +76,11 @@ class Watch:
         """
         now = time.monotonic()
         self._longest, self._lap = max(self._longest, now - self._lap), now
+        import torch
+        import torch.distributed as dist
+
+        from . import parallel
+
         mine = torch.tensor([self.number, now + self._longest > self.limit], dtype=torch.int64)
         if parallel.size() > 1:
             self._group = self._group or dist.new_group(backend="gloo")
@@ -103,13 +108,19 @@ class Watch:
             name = signal.Signals(number[0]).name
             if first is None:
                 first = time.monotonic()
-                if self._stepping and parallel.rank() == 0:
+                if self._stepping and _is_main():
                     _say(f"{name}: this step is finished and a checkpoint saved; a second one leaves at once")
             elif time.monotonic() - first > AGAIN:
                 if sys.stderr.isatty():
                     os.write(2, b"\x1b[?25h")  # the cursor, which a progress bar hides
-                _say(f"fastgen: {name} again, left at once; the same command goes on from the newest checkpoint")
+                _say(f"fastgen: {name} again, left at once; {self.kept}")
                 os._exit(128 + number[0])
+
+
+def _is_main() -> bool:
+    from . import parallel
+
+    return parallel.rank() == 0
 
 
 def _say(text: str) -> None:
@@ -119,12 +130,13 @@ def _say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def watched(hours: float = 0.0) -> Iterator[Watch]:
-    """A watch over this training; its handlers of signals are gone after it. Other threads than the main one get none.
+def watched(hours: float = 0.0, kept: str = NEWEST) -> Iterator[Watch]:
+    """A watch over this training or another command; its handlers of signals are gone after it.
 
+    Other threads than the main one get none. kept: what is said of what is left where a second signal leaves at once.
     A signal that is ignored, as SIGINT in the background of a shell, stays so.
     """
-    watch = Watch(hours)
+    watch = Watch(hours, kept)
     if threading.current_thread() is not threading.main_thread():
         yield watch
         return
@@ -148,5 +160,9 @@ def watched(hours: float = 0.0) -> Iterator[Watch]:
 
 def of_another(error: BaseException) -> bool:
     """Whether an error says that another process could not be reached."""
+    import torch.distributed as dist
+
+    from . import parallel
+
     named = any(word in str(error) for word in ("gloo", "NCCL", "onnection closed by peer", "onnection reset by peer"))
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and parallel.size() > 1 and named)

@@ -74,5 +74,11 @@ def restore(networks: Sequence[nn.Module], source: Callable[[], Sequence[Mapping
 
 
 def _place(p: Tensor) -> tuple[int, ...]:
-    """What two tensors on the same memory have in common."""
-    return (p.untyped_storage()._cdata, p.storage_offset(), *p.shape)
+    """What two tensors have in common that are the same numbers of the same memory."""
+    return (memory_of(p), p.storage_offset(), *p.shape)
+
+
+def memory_of(p: Tensor) -> int:
+    """What all tensors have in common that lie in the same memory, however they see it."""
+    address: int = p.untyped_storage()._cdata  # not data_ptr, which is 0 for all tensors without data
+    return address

@@ -49,15 +49,30 @@ def loader(wrap: Callable[..., Family], **given: Any) -> Callable[..., Family]:
             partly = absent.Pipeline(path, device, without, given)
 
             def whole(family: Family) -> Family:
-                partly.fill()
+                with export.opening(path):
+                    partly.fill()
+                    export.whole(partly.pipeline, path)
                 return family
 
-            return replace(wrap(partly.pipeline, autocast, start, image_size, **frames), whole=whole)
+            family = replace(wrap(partly.pipeline, autocast, start, image_size, **frames), whole=whole)
+            return tried(family, path)
         pipeline = DiffusionPipeline.from_pretrained(path, dtype=torch.float32, use_safetensors=True, **given)
         export.whole(pipeline, path)
-        return wrap(pipeline.to(device), autocast, start, image_size, **frames)
+        return tried(wrap(pipeline.to(device), autocast, start, image_size, **frames), path)
 
     return load
+
+
+def tried(family: Family, path: str | Path) -> Family:
+    """The family with ``export.tried`` round what it calls its pipeline's components by."""
+    return replace(
+        family,
+        denoiser=replace(family.denoiser, call=export.tried(family.denoiser.call, path)),
+        encode_prompts=export.tried(family.encode_prompts, path),
+        uncond=export.tried(family.uncond, path),
+        encode=export.tried(family.encode, path),
+        decode=export.tried(family.decode, path),
+    )
 
 
 def prepared(pipeline: Any, *networks: str) -> None:

@@ -30,6 +30,8 @@ from fastgen import checkpoint, cli, config, recipe, registry, stream, tracking
 from fastgen import train as training
 from fastgen.config import ConfigError, merge
 from fastgen.evaluation import runner
+from fastgen.evaluation.images import read_png, write_png
+from fastgen.interrupt import Interrupted
 from fastgen.rng import Noise
 from fastgen.stream import Piece
 from tests import command
@@ -792,7 +794,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], list[Any]], str]] = {
     ),
     "corrupt config": (
         lambda w, f: [w / "run.yaml", broken(w, f, lambda p: (p / "unet/config.json").write_text("{"))],
-        r"broken: cannot be opened as a pipeline \(.+config.json.+\)",
+        r"broken/unet/config.json: not the settings of a component \(.+\); save or download the pipeline again",
     ),
     "no weights": (
         lambda w, f: [w / "run.yaml", broken(w, f, lambda p: (p / UNET).unlink())],
@@ -1103,7 +1105,47 @@ def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(registry, "names", stop)
     result = fastgen("list")
-    one_line(result, r"^fastgen: interrupted; what was written before is whole$", 130)
+    one_line(result, r"^fastgen: ended by SIGINT; what was written before is whole$", 130)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("then", ["goes on", "fails"])
+def test_a_signal_ends_a_command_in_one_line(number: int, then: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a library keeps it to itself, as some do that are being imported, and then fails."""
+
+    def stop(kind: str) -> list[str]:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        except BaseException:
+            if then == "goes on":
+                raise
+        raise RecursionError
+
+    monkeypatch.setattr(registry, "names", stop)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        result = fastgen("list")
+        assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
+    finally:
+        signal.signal(signal.SIGINT, before)
+    name = signal.Signals(number).name
+    one_line(result, rf"^fastgen: ended by {name}; what was written before is whole$", 128 + number)
+
+
+def test_an_image_that_a_signal_cuts_off_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(self: Any, file: Path, *_: Any) -> None:
+        file.write_bytes(b"half")
+        raise Interrupted
+
+    write_png(torch.zeros(3, 4, 4, dtype=torch.uint8), tmp_path / "whole.png")
+    monkeypatch.setattr(Image.Image, "save", cut)
+    for name in ("whole.png", "new.png"):
+        with pytest.raises(Interrupted):
+            write_png(torch.ones(3, 4, 4, dtype=torch.uint8), tmp_path / name)
+    assert [file.name for file in tmp_path.iterdir()] == ["whole.png"]
+    assert not read_png(tmp_path / "whole.png").any()
 
 
 def test_a_real_process_says_one_line_too_and_all_of_it_with_debug(world: Path, tmp_path: Path) -> None:

@@ -299,8 +299,7 @@ def whenever(lab: Lab, chance: random.Random, count: int) -> Iterator[Outcome]:
             continue  # it was done before
         count -= 1
         # before the training begins it is as with any other command
-        early = [130] if number == signal.SIGINT else [-signal.SIGTERM]
-        unclear = ended.unclear([CODE, *early], rf"ended by {name_of(number)}; |interrupted; what was written before")
+        unclear = ended.unclear([CODE, 128 + number], rf"ended by {name_of(number)}; ")
         yield Outcome(f"{name_of(number)} after {moment:.2f} s", lab.goes_on(out), unclear, ended.traceback)
 
 
@@ -643,7 +642,7 @@ def ctrl_c(lab: Lab, chance: random.Random, count: int) -> Iterator[Outcome]:
                 break
         else:
             raise RuntimeError(f"{name}: no signal came in time")
-        unclear = ended.unclear([130], "interrupted; what was written before is whole")
+        unclear = ended.unclear([130], "ended by SIGINT; what was written before is whole")
         harm, wanted = "", contents(whole)
         half = [file for file, content in contents(out).items() if wanted.get(file) != content]
         if half:

@@ -402,7 +402,7 @@ def test_rows_that_are_whole_are_read(place: Path) -> None:
             '{"prompts": ["a"], "subjects": [{"name": "x", "role": "student", "folder": "../../x"}]}',
             "folder '../../x' is no name",
         ),
-        ("detector.safetensors", b"", "no whole safetensors file"),
+        ("detector.safetensors", b"", "not readable as plain tensors"),
         ("detector.pth", b"\x80\x04cos\ngetcwd\n(tR.", "not readable as plain tensors"),
         ("statistics.npz", b"", "statistics.npz: not an .npz of plain arrays"),
     ],
@@ -680,3 +680,131 @@ def test_plain_values_are_as_json_and_yaml_have_them() -> None:
     assert math.isnan(plain.from_json("NaN"))
     assert plain.from_json("NaN", lambda _: None) is None
     assert plain.from_yaml("a: 2020-01-02\n<<: {b: 1}") == {"a": datetime.date(2020, 1, 2), "b": 1}
+
+
+# Pipelines: what any of their JSON files says
+
+
+@pytest.fixture(scope="module")
+def bent(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A world whose teacher is bent."""
+    folder = tmp_path_factory.mktemp("bent")
+    shutil.copytree(world / "teacher", folder / "teacher")
+    told = (world / "run.yaml").read_text().replace(str(world / "teacher"), str(folder / "teacher"))
+    put(folder / "run.yaml", told.replace(str(world / "run"), str(folder / "run")))
+    return folder
+
+
+PIPELINE = (
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer_config.json",
+    "unet/config.json",
+    "vae/config.json",
+)
+# a huge number of layers, steps or channels is no mistake to be seen before it is made
+SMALL = SCALARS.filter(lambda value: isinstance(value, bool) or not isinstance(value, int | float) or abs(value) < 50)
+BENT = st.recursive(
+    SMALL, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+)
+
+
+@contextlib.contextmanager
+def changed(file: Path, content: str) -> Iterator[None]:
+    before = file.read_bytes()
+    try:
+        put(file, content)
+        yield
+    finally:
+        put(file, before)
+
+
+@pytest.mark.parametrize("name", PIPELINE)
+@pytest.mark.parametrize("words", [["generate", "teacher"], ["train", "run.yaml"]], ids=["generate", "train"])
+@some(10, 300)
+@given(data=st.data())
+def test_a_pipeline_with_anything_in_a_file_is_taken_or_refused_by_name(
+    world: Path, bent: Path, words: list[str], name: str, data: Any
+) -> None:
+    file = bent / "teacher" / name
+    tree = json.loads(file.read_text())
+    top = [at for at in _spots(tree) if len(at) in (1, 2)]
+    *at, last = data.draw(st.sampled_from(top))
+    inner = tree
+    for key in at:
+        inner = inner[key]
+    inner[last] = data.draw(BENT)
+    if inner[last] is None and isinstance(inner, dict) and data.draw(st.booleans()):
+        del inner[last]
+    more = ["-p", "a", "--steps", "1", "--out", bent / "drawn"] if words[0] == "generate" else ["--dry-run"]
+    with changed(file, json.dumps(tree)):
+        result = fastgen(words[0], bent / words[1], *more)
+    if "not finite at step 0" in result.err:
+        return  # settings that mean something, but no numbers come of it
+    assert result.code in (0, 2), result.err
+    if result.code:
+        clear(result, "teacher")
+        assert len(result.err.splitlines()[-1]) < 1000
+
+
+@pytest.mark.parametrize("words", [["generate", "teacher"], ["train", "run.yaml"], ["evaluate", "teacher"]], ids=str)
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("tokenizer/tokenizer_config.json", {"model_max_length": 10**40}, "its tokenizer: OverflowError: int too big"),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": "x"}, "its tokenizer: TypeError: "),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": 2**63}, "its tokenizer: PanicException: capacity"),
+        ("tokenizer/tokenizer_config.json", {"pad_token": "new"}, "its text_encoder: IndexError: index out of range"),
+        ("tokenizer/tokenizer_config.json", None, "tokenizer_config.json: not the settings of a component (it is no"),
+        ("scheduler/scheduler_config.json", {"beta_start": "x"}, "its scheduler: TypeError: "),
+        ("scheduler/scheduler_config.json", None, "scheduler_config.json: not the settings of a component (it is no"),
+        ("text_encoder/config.json", {"num_hidden_layers": 3}, "the files of its text_encoder lack 2224 of the num"),
+        ("text_encoder/config.json", {"intermediate_size": 64}, "its text_encoder: "),
+        ("unet/config.json", {"norm_eps": "x"}, "its unet: TypeError: "),
+        ("unet/config.json", {"block_out_channels": [32, 32]}, "its unet: "),
+        ("unet/config.json", None, "config.json: not the settings of a component (it is no object); save or download"),
+        ("vae/config.json", {"layers_per_block": 2}, "the files of its vae lack 32 weights"),
+        ("vae/config.json", {"act_fn": 3}, "its vae: AttributeError: "),
+    ],
+)
+def test_a_pipeline_with_a_bent_component_is_refused_by_its_name(
+    bent: Path, words: list[str], name: str, change: dict[str, Any] | None, says: str
+) -> None:
+    file = bent / "teacher" / name
+    tree = json.loads(file.read_text())
+    more = {
+        "generate": ["-p", "a", "--steps", "1", "--out", bent / "never"],
+        "train": ["--dry-run"],
+        "evaluate": ["--metrics", "latency", "--reference", "emoji", "--out", bent / "judged", "num_images=2"],
+    }
+    with changed(file, '"x"' if change is None else json.dumps(tree | change)):
+        result = fastgen(words[0], bent / words[1], *more[words[0]])
+    clear(result, str(bent / "teacher"), says)
+    assert "save or download" in result.err or "download it again" in result.err
+    assert not (bent / "never").exists()
+
+
+def test_mistakes_of_our_own_are_no_pipeline_s(world: Path) -> None:
+    with mock.patch("fastgen.pipelines.sd.unet.embedded", None):
+        result = fastgen("train", world / "run.yaml", "--dry-run")
+    assert result.code == 1
+    assert "fastgen: TypeError: 'NoneType' object is not callable; `fastgen --debug ...` shows where" in result.err
+
+
+def test_what_worked_once_is_no_longer_the_pipeline_s_fault(tmp_path: Path) -> None:
+    once = export.tried(lambda size: torch.zeros(size), tmp_path)
+    with pytest.raises(ValueError, match=r"does not work as a pipeline \(TypeError: .+\); if others do here, save"):
+        once("x")
+    assert len(once(3)) == 3
+    with pytest.raises(TypeError):
+        once("x")
+    for error in (torch.OutOfMemoryError("full"), MemoryError(), torch.distributed.DistError("gone")):
+        with pytest.raises(type(error)), export.opening(tmp_path):
+            export.tried(mock.Mock(side_effect=error), tmp_path)()
+
+
+def test_a_call_that_a_pipeline_refuses_is_not_called_damage(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^\S+pipeline: negative dimensions are not allowed$"):
+        export.tried(lambda: np.zeros(-1), tmp_path / "pipeline")()

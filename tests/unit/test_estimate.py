@@ -391,6 +391,14 @@ def test_a_part_of_an_unknown_class_is_refused(tmp_path: Path) -> None:
         estimate.component(tmp_path / "unet", "elsewhere", "Model")
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"num_train_timesteps": "many"}'])
+def test_a_part_whose_settings_are_broken_is_named(text: str, tmp_path: Path) -> None:
+    tiny.pipeline().save_pretrained(tmp_path)
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"cannot be opened as a pipeline \(its scheduler: "):
+        estimate.opened(tmp_path)
+
+
 def test_a_shipped_model_is_found_by_its_hub_id(tmp_path: Path) -> None:
     folder, about = MODELS["stable-diffusion-v1-5"]
     assert estimate.folder_of(Model(path=about.hub)) == (folder, about)

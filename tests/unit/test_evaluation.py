@@ -401,7 +401,7 @@ def test_subjects_of_one_name(clip_folder, pipeline):
 
 
 def test_pipeline_that_cannot_be_opened(tmp_path, clip_folder):
-    with pytest.raises(ValueError, match=r"none: not a pipeline that Diffusers can open \("):
+    with pytest.raises(ValueError, match=r"none: cannot be opened as a pipeline \("):
         runner.open_pipeline(tmp_path / "none", torch.float32, "cpu")
 
 

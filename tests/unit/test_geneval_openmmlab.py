@@ -246,7 +246,7 @@ def test_the_folder_says_where_it_comes_from(folder):
 
 def test_the_official_file_is_known_by_its_hash(tmp_path, monkeypatch):
     save_file(filled(theirs(**SMALL)), tmp_path / "any.safetensors")
-    monkeypatch.setattr(openmmlab, "sha256", lambda path: "743b7d99" + "0" * 56)
+    monkeypatch.setattr(openmmlab.weights, "sha256", lambda path: "743b7d99" + "0" * 56)
     openmmlab.convert(tmp_path / "any.safetensors", tmp_path / "made", config(**SMALL))
     assert (tmp_path / "made" / "origin.txt").read_text().startswith("the official detector of OpenMMLab")
 
@@ -280,13 +280,13 @@ def test_a_tensor_too_many_missing_or_of_another_shape_is_told(tmp_path, change,
 
 
 def test_what_is_no_checkpoint_is_told(tmp_path):
-    with pytest.raises(ValueError, match=r"none\.pth: no such checkpoint; it comes from https://download\.openmmlab"):
+    with pytest.raises(ValueError, match=r"none\.pth: no such checkpoint; fetch it again from https"):
         openmmlab.read(tmp_path / "none.pth")
     (tmp_path / "broken.pth").write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match=r"broken\.pth: not readable as plain tensors; fetch it again from https"):
+    with pytest.raises(ValueError, match=r"broken\.pth: not readable as plain tensors \(.+\); fetch it again"):
         openmmlab.read(tmp_path / "broken.pth")
     pickled(tmp_path / "other.pth", {"a": 1})
-    with pytest.raises(ValueError, match=r"other\.pth: no checkpoint of MMDetection, which has its tensors in"):
+    with pytest.raises(ValueError, match=r"other\.pth: has no tensors, nor any in `state_dict`; fetch it again"):
         openmmlab.read(tmp_path / "other.pth")
     (tmp_path / "made").mkdir()
     with pytest.raises(ValueError, match="made: is there already; remove it or name another folder"):

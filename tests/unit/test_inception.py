@@ -298,9 +298,15 @@ def test_patch_fid_of_small_real_images_fails_when_it_is_made(folder):
 @pytest.mark.parametrize("name", [FILE, "x.pth", "x.safetensors"])
 def test_what_is_no_such_file(tmp_path, name):
     (tmp_path / name).write_bytes(b"no weights")
-    message = f"{tmp_path / name}: not InceptionV3's weights ("
-    with pytest.raises(ValueError, match=re.escape(message)):
+    kind = "no TorchScript" if name == FILE else "not readable as plain tensors"
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: {kind} \(.+\); fetch the file again$"):
         inception.load(tmp_path / name)
+
+
+def test_what_lacks_tensors_under_nvidia_s_names(tmp_path):
+    save_file({"output.weight": torch.zeros(3), "output.bias": torch.zeros(3)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"not InceptionV3's weights \(lacks 'layers.conv.weight'\); fetch the file"):
+        inception.load(tmp_path / "x.safetensors")
 
 
 def test_what_lacks_tensors(tmp_path, folder):
@@ -318,7 +324,7 @@ def test_what_lacks_tensors(tmp_path, folder):
 def test_a_pickle_that_holds_more_than_numbers_is_refused(tmp_path):
     torch.serialization.save({"path": Path("x")}, tmp_path / "x.pth")
     with pytest.raises(
-        ValueError, match=r"x.pth: not InceptionV3's weights \(Weights only load failed\); fetch the file again"
+        ValueError, match=r"x.pth: not readable as plain tensors \(Weights only load failed\); fetch the file again"
     ):
         inception.load(tmp_path / "x.pth")
 

@@ -1,11 +1,10 @@
-"""What the preference metrics share: how images are prepared, and how checkpoints are read."""
+"""What the preference metrics share: how images are prepared, and how networks are filled."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import nn
 
 from fastgen.evaluation import preference
@@ -33,27 +32,6 @@ def test_colours_are_in_clips_units():
     grey = preference.coloured(torch.full((1, 3, 2, 2), 0.5))
     want = [(0.5 - m) / s for m, s in zip(OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, strict=True)]
     assert grey[0, :, 0, 0].tolist() == pytest.approx(want)
-
-
-def test_checkpoints_are_read_as_numbers_alone(tmp_path, monkeypatch):
-    asked = []
-    held = {"state_dict": {"a": torch.ones(2)}, "epoch": 3}
-    monkeypatch.setattr("torch.load", lambda file, **how: asked.append(how) or held)
-    assert preference.read(tmp_path / "x.pt").keys() == {"a"}
-    assert asked == [{"map_location": "cpu", "weights_only": True}]
-    held = {"b": torch.ones(2)}
-    assert preference.read(tmp_path / "x.pt").keys() == {"b"}
-    save_file({"c": torch.ones(2)}, tmp_path / "x.safetensors")
-    assert preference.read(tmp_path / "x.safetensors").keys() == {"c"}
-
-
-@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
-def test_files_that_are_no_checkpoint(tmp_path, name):
-    with pytest.raises(ValueError, match=rf"{name}: not a readable checkpoint \("):
-        preference.read(tmp_path / name)
-    (tmp_path / name).write_bytes(b"not at all a checkpoint")
-    with pytest.raises(ValueError, match=rf"{name}: not a readable checkpoint \("):
-        preference.read(tmp_path / name)
 
 
 class Counted(nn.Module):

@@ -274,6 +274,23 @@ def test_a_document_without_a_place_is_left_alone(tmp_path, text):
     assert document.read_text() == text
 
 
+def test_nothing_of_the_rows_is_markup_in_a_document(tmp_path):
+    document, rows = tmp_path / "README.md", [dict(row) for row in made_up_rows()]
+    bad = "<!-- /demo --> <script>x</script> **a** | [b](c)"
+    for row in rows[1:]:
+        row["name"] += f", {bad}"
+        row["protocol"] = row["protocol"] | {"device": bad, "commit": bad}
+    document.write_text("<!-- demo -->\n<!-- /demo -->\nafter")
+    for _ in range(2):
+        report.insert(rows, document, "demo")
+        text = document.read_text()
+        assert text.endswith("<!-- /demo -->\nafter")
+        assert "<script>" not in text
+        assert "**a**" not in text
+        assert "[b]" not in text
+        assert text.count("&lt;script>") == len(rows)
+
+
 def test_rows_that_do_not_compare_get_no_place_in_a_document(tmp_path):
     document = tmp_path / "README.md"
     document.write_text("<!-- demo -->\n<!-- /demo -->\n")

@@ -7,6 +7,8 @@ import hashlib
 import re
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from fastgen.evaluation import weights
 
@@ -190,3 +192,32 @@ def test_hash_of_a_folder_is_of_names_and_bytes(tmp_path):
     (other / "a").rename(other / "c")
     assert weights.sha256(one) != weights.sha256(other)
     assert weights.sha256(one / "a") == hashlib.sha256(b"2").hexdigest()
+
+
+def test_checkpoints_are_read_as_numbers_alone(tmp_path, monkeypatch):
+    asked = []
+    held = {"state_dict": {"a": torch.ones(2), "version": 3}, "epoch": 3}
+    monkeypatch.setattr("torch.load", lambda file, **how: asked.append(how) or held)
+    (tmp_path / "x.pt").touch()
+    assert weights.tensors(tmp_path / "x.pt", "").keys() == {"a"}
+    assert asked == [{"map_location": "cpu", "weights_only": True}]
+    held = {"b": torch.ones(2)}
+    assert weights.tensors(tmp_path / "x.pt", "").keys() == {"b"}
+    save_file({"c": torch.ones(2)}, tmp_path / "x.safetensors")
+    assert weights.tensors(tmp_path / "x.safetensors", "").keys() == {"c"}
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+def test_files_that_are_no_checkpoint(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"{name}: no such checkpoint; buy one$"):
+        weights.tensors(tmp_path / name, "buy one")
+    (tmp_path / name).write_bytes(b"not at all a checkpoint")
+    with pytest.raises(ValueError, match=rf"{name}: not readable as plain tensors \(.+\); buy one$"):
+        weights.tensors(tmp_path / name, "buy one")
+
+
+@pytest.mark.parametrize("held", [{"a": 1}, {"state_dict": {"a": 1}, "b": torch.ones(2)}, {}])
+def test_a_checkpoint_without_tensors(tmp_path, held):
+    torch.serialization.save(held, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"x.pt: has no tensors, nor any in `state_dict`; buy one$"):
+        weights.tensors(tmp_path / "x.pt", "buy one")
