@@ -25,12 +25,14 @@ def set_attention(
 ) -> str:
     """Switch every network to ``choice`` and return the name of what they use now.
 
-    "auto" takes the best that works on this machine. On CUDA: xformers if it is installed, else PyTorch's own
-    scaled_dot_product_attention, which itself picks flash or memory-efficient kernels. On a CPU: "eager", two plain
-    matrix products, since the backward pass of PyTorch's CPU flash kernel is slow (with 64 tokens and 32 channels a
-    head a whole U-Net trained 1.5 times as fast without it). autocast: what the networks compute in; None: float32.
-    Raises ValueError if a named kernel does not work here. Not yet run on a GPU: "xformers", "flash", "flex", "sage".
+    "auto" takes the best that works on this machine. On CUDA: xformers if it works, else PyTorch's own
+    scaled_dot_product_attention, which itself picks flash or memory-efficient kernels, but not cuDNN's. On a CPU:
+    "eager", two plain matrix products, since the backward pass of PyTorch's CPU flash kernel is slow (with 64 tokens
+    and 32 channels a head a whole U-Net trained 1.5 times as fast without it). autocast: what the networks compute
+    in; None: float32.
+    Raises ValueError if a named kernel does not work here. Not yet run on a GPU: "xformers", "flash", "sage".
     """
+    _without_cudnn(device)
     if choice == "auto":
         order = ["xformers", "sdpa"] if device.type == "cuda" else ["eager", "sdpa"]
     else:
@@ -43,7 +45,7 @@ def set_attention(
                 raise ValueError("it takes no float32; set run.precision bf16")
             for network in networks:
                 _switch(network, name)
-        except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
+        except Exception as error:  # of several libraries
             if choice != "auto":
                 raise ValueError(
                     f"attention {choice!r} does not work here ({_line(error)}); use auto or sdpa"
@@ -58,12 +60,13 @@ def available(device: torch.device) -> dict[str, str]:
 
     Some have no place in the older networks, the U-Nets, or take half precision only: ``set_attention`` says so.
     """
+    _without_cudnn(device)
     found = {}
     for name in NAMES:
         try:
             _probe(name, device)
             found[name] = ""
-        except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
+        except Exception as error:  # of several libraries
             found[name] = _line(error)
     return found
 
@@ -72,33 +75,53 @@ def _line(error: Exception) -> str:
     return str(error).strip().split("\n")[0].rstrip(".")
 
 
-def _probe(name: str, device: torch.device) -> None:
-    """Run the kernel on a small input of this device, forward and backward, beside matrix products. Raises on failure.
+def _without_cudnn(device: torch.device) -> None:
+    """Keep PyTorch's scaled_dot_product_attention from cuDNN's kernel, which torch prefers on an H100.
 
-    What has no backward pass, as sage, would let a network learn without what passes through its attention.
+    Its gradients are wrong in several cases, by its version: of torch 2.11 with cuDNN 9.19 where they come in another
+    layout than the output's, and with 205 tokens in any (docs/gpu.md; others: pytorch issue 196678).
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def _probe(name: str, device: torch.device) -> None:
+    """Run the kernel on small inputs of this device, forward and backward, beside matrix products. Raises on failure.
+
+    What has no backward pass, as sage, would let a network learn without what passes through its attention. A kernel
+    may be right only where the tokens fill its tiles, or where the gradient lies in memory as the output does.
     """
     if name in _PACKAGES:
         if device.type != "cuda":
             raise ValueError(f"it needs a CUDA device, this is {device.type}")
         importlib.import_module(_PACKAGES[name])
+    from diffusers.models import attention_dispatch
     from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
+    # which knows of packages that are too old; what it has in the place of their kernels is None
+    attention_dispatch._check_attention_backend_requirements(AttentionBackendName(_BACKENDS.get(name, name)))
     half = device.type == "cuda"
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 2, 128, 2, 64, generator=generator).to(device, torch.float16 if half else torch.float32)
 
-    def of(backend: str) -> list[Tensor]:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, torch.float16 if half else torch.float32)
+
+    def of(backend: str, x: Tensor, to: Tensor) -> list[Tensor]:
         given = [one.detach().requires_grad_() for one in x]
         with torch.enable_grad():
             y: Tensor = dispatch_attention_fn(*given, backend=AttentionBackendName(backend))
             if not y.requires_grad:
                 raise ValueError("it has no backward pass")
-            return [y, *torch.autograd.grad(y, given, torch.ones_like(y))]
+            return [y, *torch.autograd.grad(y, given, to)]
 
-    for mine, plain in zip(of(_BACKENDS.get(name, name)), of("_native_math"), strict=True):
-        error = float(((mine - plain).abs().max() / plain.abs().max()).detach())
-        if not error < (TOLERANCE if half else 1e-4):
-            raise ValueError(f"it differs from plain matrix products by {error:.1e}")
+    for tokens in (128, 205):
+        x, to = draw(3, 2, tokens, 2, 64), draw(2, tokens, 2, 64)
+        for gradient in (to, to.transpose(1, 2).contiguous().transpose(1, 2)):
+            pairs = zip(of(_BACKENDS.get(name, name), x, gradient), of("_native_math", x, gradient), strict=True)
+            for mine, plain in pairs:
+                error = float(((mine - plain).abs().max() / plain.abs().max()).detach())
+                if not error < (TOLERANCE if half else 1e-4):
+                    raise ValueError(f"it differs from plain matrix products by {error:.1e}")
 
 
 def _switch(network: nn.Module, name: str) -> None:

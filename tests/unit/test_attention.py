@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -225,6 +225,47 @@ def test_auto_on_a_gpu_takes_xformers_where_it_works(monkeypatch: pytest.MonkeyP
     network.enable_xformers_memory_efficient_attention = lambda: switched.append(True)  # type: ignore[assignment]
     assert set_attention([network], "auto", CUDA) == "xformers"
     assert switched == [True]
+
+
+@pytest.mark.parametrize(("device", "left_out"), [(CUDA, [False]), (CPU, [])])
+def test_cudnn_s_kernel_is_left_out(
+    device: torch.device, left_out: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[bool] = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", said.append)
+    set_attention([unet()], "sdpa", device)
+    assert said == left_out
+
+
+def test_a_kernel_whose_gradient_goes_by_the_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As cuDNN's: it reads the output's gradient as if it lay in memory as the output does."""
+    real = attention_dispatch.dispatch_attention_fn
+
+    class Misread(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, y: torch.Tensor) -> torch.Tensor:
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx: Any, to: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return torch.as_strided(to, to.shape, torch.empty(to.shape).stride(), to.storage_offset())
+
+    def wrong(*args: Any, backend: Any) -> Any:
+        y = real(*args, backend=backend)
+        return y if backend.value == "_native_math" else Misread.apply(y)
+
+    monkeypatch.setattr(attention_dispatch, "dispatch_attention_fn", wrong)
+    with pytest.raises(ValueError, match="it differs from plain matrix products by"):
+        attention._probe("sdpa", CPU)
+    monkeypatch.undo()
+    attention._probe("sdpa", CPU)
+
+
+def test_a_kernel_whose_package_is_too_old_is_refused_by_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Diffusers has None in the place of its functions."""
+    monkeypatch.setattr(attention_dispatch, "_CAN_USE_FLEX_ATTN", False)
+    with pytest.raises(ValueError, match=r"'flex' does not work here .*install `torch>="):
+        set_attention([], "flex", CPU)
 
 
 def test_no_network_needs_no_kernel() -> None:
