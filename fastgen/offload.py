@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from . import lora
 from .experts import members
 from .method import Trainable
+from .precision import memory_of
 
 
 class Move(Protocol):
@@ -133,11 +134,6 @@ def unchanging(frozen: Iterable[nn.Module], changing: Iterable[nn.Module]) -> li
 
     An adapter's frozen base is part of a network that changes, and so is a teacher whose weights that base has.
     """
-    kept = {_memory(p) for network in changing for one in members(network) for p in lora.plain(one).parameters()}
+    kept = {memory_of(p) for network in changing for one in members(network) for p in lora.plain(one).parameters()}
     found = {id(n): n for network in frozen for n in map(lora.plain, members(network))}
-    return [n for n in found.values() if not kept & {_memory(p) for p in n.parameters()}]
-
-
-def _memory(p: nn.Parameter) -> int:
-    address: int = p.untyped_storage()._cdata  # not data_ptr, which is 0 for all tensors without data
-    return address
+    return [n for n in found.values() if not kept & {memory_of(p) for p in n.parameters()}]

@@ -3,10 +3,11 @@
 A name stands for an algorithm in one library's form. What it has no use for, such as ``betas`` for plain gradient
 descent, is an error rather than nothing; what it is not given are the library's own defaults.
 
-Where torch has a kernel that does a whole update in one pass over the weights, it is that one. Elsewhere it is torch's
-choice: on CUDA one kernel for many tensors, on a CPU one tensor after the other. Of the emoji teacher's U-Net (9.5 M
-parameters in 286 tensors, one thread) AdamW's step took 14 ms in one pass, 45 ms tensor by tensor and 50 ms by
-``foreach``, and no other optimizer was faster by ``foreach`` either.
+Where torch has a kernel that does a whole update in one pass over the weights, it is that one; which optimizers have
+one depends on the device and on torch (2.11 has none of Adagrad for CUDA). Elsewhere it is torch's choice: on CUDA one
+kernel for many tensors, on a CPU one tensor after the other. Of the emoji teacher's U-Net (9.5 M parameters in 286
+tensors, one thread) AdamW's step took 14 ms in one pass, 45 ms tensor by tensor and 50 ms by ``foreach``, and no other
+optimizer was faster by ``foreach`` either.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import importlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -61,6 +62,29 @@ def _of(module: str, name: str, **fixed: Any) -> Make:
     return make
 
 
+def _one_pass(name: str) -> Make:
+    """Of torch's own class, by its kernel for whole updates where there is one for the parameters' device."""
+
+    def make(parameters: list[nn.Parameter], settings: dict[str, Any]) -> torch.optim.Optimizer:
+        kind: Any = getattr(torch.optim, name)
+        # not False, which would also keep torch from taking one kernel for many tensors
+        made: torch.optim.Optimizer = kind(parameters, fused=_fuses(kind, parameters) or None, **settings)
+        return made
+
+    return make
+
+
+def _fuses(kind: Any, parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether torch has such a kernel: some optimizers say what they cannot when they are made, others in a step."""
+    probe = nn.Parameter(torch.zeros(1, device=parameters[0].device, dtype=parameters[0].dtype))
+    probe.grad = torch.zeros_like(probe)
+    try:
+        kind([probe], lr=0.1, fused=True).step()
+    except RuntimeError:
+        return False
+    return True
+
+
 class Muon(torch.optim.Optimizer):
     """torch's Muon for weights that are matrices, and AdamW for all others, which it does not take.
 
@@ -78,7 +102,7 @@ class Muon(torch.optim.Optimizer):
         if matrices:
             self.parts += [muon(matrices, momentum=momentum, adjust_lr_fn="match_rms_adamw", **shared)]
         if others:
-            self.parts += [torch.optim.AdamW(others, fused=True, **shared)]
+            self.parts += [_one_pass("AdamW")(others, shared)]
         super().__init__(parameters, {})
         self.param_groups = [group for part in self.parts for group in part.param_groups]
         for part in self.parts:
@@ -100,15 +124,15 @@ _GET_BNB = "bitsandbytes; pip install 'fastgen-diffusion[8bit]'"
 _GET_AO = "torchao; pip install torchao"
 
 KINDS: Mapping[str, Kind] = {
-    "adamw": Kind(_of(_TORCH, "AdamW", fused=True), _DECOUPLED, _GET_TORCH),
-    "adam": Kind(_of(_TORCH, "Adam", fused=True), _ADAM, _GET_TORCH),
+    "adamw": Kind(_one_pass("AdamW"), _DECOUPLED, _GET_TORCH),
+    "adam": Kind(_one_pass("Adam"), _ADAM, _GET_TORCH),
     "adamax": Kind(_of(_TORCH, "Adamax"), _ADAM, _GET_TORCH),
     "nadam": Kind(_of(_TORCH, "NAdam", decoupled_weight_decay=True), _ADAM, _GET_TORCH),
     "radam": Kind(_of(_TORCH, "RAdam", decoupled_weight_decay=True), _ADAM, _GET_TORCH),
-    "adagrad": Kind(_of(_TORCH, "Adagrad", fused=True), {"eps": 1e-10, "weight_decay": 0.0}, _GET_TORCH),
+    "adagrad": Kind(_one_pass("Adagrad"), {"eps": 1e-10, "weight_decay": 0.0}, _GET_TORCH),
     "adafactor": Kind(_of(_TORCH, "Adafactor"), {"weight_decay": 0.0}, _GET_TORCH),
     "rmsprop": Kind(_of(_TORCH, "RMSprop"), {"eps": 1e-8, "weight_decay": 0.0, "momentum": 0.0}, _GET_TORCH),
-    "sgd": Kind(_of(_TORCH, "SGD", fused=True), {"weight_decay": 0.0, "momentum": 0.0}, _GET_TORCH),
+    "sgd": Kind(_one_pass("SGD"), {"weight_decay": 0.0, "momentum": 0.0}, _GET_TORCH),
     "muon": Kind(Muon, {"weight_decay": 0.1, "momentum": 0.95}, _GET_TORCH),
     "adamw8bit": Kind(_of(_BNB, "AdamW8bit"), _DECOUPLED, _GET_BNB, (2, 1.0)),
     "paged_adamw": Kind(_of(_BNB, "PagedAdamW"), _DECOUPLED, _GET_BNB, (2, 4.0)),

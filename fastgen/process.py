@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -43,3 +46,13 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # another libc
         return False
     return all(mallopt(name, value) for name, value in KEPT.items())
+
+
+def import_apart(name: str) -> ModuleType:
+    """Import a module in a thread, so that nothing of the caller's lives on with it.
+
+    A library may keep what was raised while it was imported. That keeps the frames that asked for it, and what these
+    hold when they end: an xformers that is built for another torch kept the networks of the first training.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(importlib.import_module, name).result()

@@ -165,6 +165,7 @@ def load_teacher(
 
     Raises ValueError on anything unusable.
     """
+    process.import_apart("diffusers.models.attention_processor")  # which imports xformers
     autocast = None if precision == "fp32" else DTYPES[precision]
     path = recipes.locate(model.path)
     module = family_of(path, model.family)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor
 from ..denoiser import Cond
 from ..family import Family
 from ..method import Batch
+from ..transfer import to_device
 from . import Item, LatentSource, PairSource, Source
+
+T = TypeVar("T")
 
 _CACHED_BYTES = 2**30
 """Of prompts' conditions that are kept: 4,500 prompts of SD 1.5, 120 of FLUX.1."""
@@ -21,6 +25,10 @@ class Batches:
     """Batches of a source, encoded by a family. A prompt is encoded once; so is an image, if ``cache`` is given.
 
     Without, it is encoded once for all the phases of a step that ask for it in turn.
+
+    An encoder is always given as many rows as the batch has, some of them again where fewer are new. Which kernel a
+    GPU takes depends on their number, and its rounding with it: what a sample is encoded to must not depend on what
+    was seen before it, or a resumed training would go another way. It costs those rows, in batches with anything new.
     """
 
     def __init__(
@@ -71,20 +79,22 @@ class Batches:
         prompts, x0 = [self._prompts[s] for s in known], None
         if self._images and self._pairs is None:
             if items:
-                fresh = self._encoded(items)
+                fresh = self._encoded(items, len(known))
                 self._latents |= dict(zip(items, fresh, strict=True))
             x0 = torch.stack([self._latents[s] for s in known])
         if self._pairs is None:
             return Batch(list(samples), self._cond(prompts), self._uncond, x0)
         device = next(self._family.denoiser.network.parameters()).device
         x0, eps, path = self._pairs.pairs(known, self._times)
-        path = {t: x_t.to(device) for t, x_t in path.items()}
-        return Batch(list(samples), self._cond(prompts), self._uncond, x0.to(device), eps.to(device), path)
+        x0, eps = to_device(x0, device), to_device(eps, device)
+        path = {t: to_device(x_t, device) for t, x_t in path.items()}
+        return Batch(list(samples), self._cond(prompts), self._uncond, x0, eps, path)
 
-    def _encoded(self, items: Mapping[int, Item]) -> Tensor:
+    def _encoded(self, items: Mapping[int, Item], rows: int) -> Tensor:
         if isinstance(self._source, LatentSource):
             return self._source.latents(list(items)).to(next(self._family.denoiser.network.parameters()).device)
-        return self._family.encode(pixels([item.image for item in items.values()]))
+        images = _filled([item.image for item in items.values()], rows)
+        return _first(self._family.encode(pixels(images)), len(items))
 
     def _cond(self, prompts: Sequence[str]) -> Cond:
         new = sorted({p for p in prompts if p not in self._conds})
@@ -93,10 +103,21 @@ class Batches:
             self._conds.clear()
             new = sorted(set(prompts))
         if new:
-            rows = self._family.encode_prompts(new)
+            encoded = self._family.encode_prompts(_filled(new, len(prompts)))
+            rows = {name: _first(value, len(new)) for name, value in encoded.items()}
             for i, prompt in enumerate(new):
                 self._conds[prompt] = {name: value[i] for name, value in rows.items()}
         return {name: torch.stack([self._conds[p][name] for p in prompts]) for name in self._conds[prompts[0]]}
+
+
+def _filled(values: Sequence[T], count: int) -> list[T]:
+    """As many as ``count``: from the start again where there are fewer."""
+    return [values[i % len(values)] for i in range(count)]
+
+
+def _first(rows: Tensor, count: int) -> Tensor:
+    """The first rows, without the memory of the others."""
+    return rows if len(rows) == count else rows[:count].clone()
 
 
 def pixels(images: Sequence[np.ndarray | None]) -> Tensor:

@@ -225,14 +225,17 @@ class Counted:
 
     def __init__(self, n: int = 6) -> None:
         self.n, self.items, self.images, self.prompts = n, Counter[int](), 0, Counter[str]()
+        self.calls: list[tuple[str, int]] = []
         plain = gaussian_family()
 
         def encode(x: Tensor) -> Tensor:
-            self.images += len(x)
+            self.images += len(x.flatten(1).unique(dim=0))  # some may be there again
+            self.calls.append(("images", len(x)))
             return plain.encode(x)
 
         def encode_prompts(names: Sequence[str]) -> Cond:
-            self.prompts.update(names)
+            self.prompts.update({*names})  # some may be there again
+            self.calls.append(("prompts", len(names)))
             return labels(names)
 
         self.family: Family = replace(plain, encode=encode, encode_prompts=encode_prompts)
@@ -284,6 +287,30 @@ def test_a_prompt_is_encoded_once() -> None:
     for start in range(0, 24, 4):
         assert subject.batch(range(start, start + 4)).x0 is None
     assert source.prompts == Counter(CAPTIONS)
+
+
+def test_encoders_are_given_the_same_number_of_rows_whatever_is_known() -> None:
+    """Of three prompts, with repeats within a batch; what comes later, first; and a prompt that comes alone."""
+    orders = [[[0, 1, 2, 6], [3, 4, 5, 0], [0, 0, 0, 0]], [[3, 3, 3, 3], [4, 4, 3, 3], [1, 7, 8, 2]], [[5, 5, 5, 5]]]
+    for order in orders:
+        source = Counted(9)
+        subject = Batches(source, source.family, True, cache=True)
+        for samples in order:
+            batch = subject.batch(samples)
+            assert torch.equal(batch.cond["label"], labels([CAPTIONS[s % 9 % 3] for s in samples])["label"])
+            assert batch.x0 is not None
+            assert torch.equal(batch.x0[:, 0, 0, 0], torch.tensor([10.0 * s for s in samples]) / 127.5 - 1)
+        assert {*source.calls} == {("prompts", 4), ("images", 4)}
+
+
+def test_only_what_is_new_takes_memory() -> None:
+    source = Counted(9)
+    subject = Batches(source, source.family, True, cache=True)
+    subject.batch([3, 3, 3, 3])
+    subject.batch([4, 4, 3, 3])
+    kept = [*subject._latents.values(), *(value for cond in subject._conds.values() for value in cond.values())]
+    assert len(kept) == 4
+    assert all(value.untyped_storage().nbytes() == value.nbytes for value in kept)
 
 
 def test_the_cache_of_prompts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

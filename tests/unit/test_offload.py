@@ -136,6 +136,44 @@ def test_what_is_away_when(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_what_is_there_is_less_by_all_that_a_turn_has_no_use_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bytes, as its loss is known and the backward pass begins; each memory counted once."""
+    options = {"student_every": 2, "guidance_scale": 2.0}
+    found: list[dict[str, int]] = []
+    for way in ("plain", "away"):
+        engine, teacher = made("dmd2", options, 1)
+        move = Beyond()
+        if way == "away":
+            engine.offload = offload.of(engine.method, teacher, engine.optimizers, move)
+        held = dict[str, int]()
+
+        def there(engine: Engine, teacher: nn.Module, move: Beyond) -> int:
+            networks = [teacher, *engine.method.networks.values()]
+            tensors: list[Tensor] = [t for n in networks for t in n.parameters()]
+            tensors += [t for role in engine.optimizers for t in moments(engine, role)]
+            gone = {left.untyped_storage()._cdata for left, _ in move.kept.values()}
+            places = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+            return sum(size for place, size in places.items() if place not in gone)
+
+        def within(phase: Phase, engine: Engine = engine, teacher: nn.Module = teacher, move: Beyond = move) -> Phase:
+            def loss(batch: Any, rng: Any) -> Any:
+                terms = phase.loss(batch, rng)
+                held[phase.name] = there(engine, teacher, move)  # noqa: B023
+                return terms
+
+            return dataclasses.replace(phase, loss=loss)
+
+        monkeypatch.setattr(engine.method, "phases", tuple(map(within, engine.method.phases)))
+        trained(engine, range(3))
+        found.append(held)
+        sizes = {role: sum(t.nbytes for t in moments(engine, role)) for role in engine.optimizers}
+    weights = sum(p.nbytes for p in teacher.parameters())
+    assert {phase: found[0][phase] - found[1][phase] for phase in found[0]} == {
+        "critic": weights + sizes["student"],
+        "student": sizes["fake_score"],
+    }
+
+
 def test_each_state_is_copied_once_for_each_change_of_phase_and_weights_never_back() -> None:
     engine, teacher = made("dmd2", {"student_every": 4, "guidance_scale": 2.0}, 1)
     move = Copies()

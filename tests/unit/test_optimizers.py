@@ -77,6 +77,46 @@ def test_the_names_of_torch_are_torch_s_own() -> None:
 
 
 @pytest.mark.parametrize("name", TORCH)
+def test_each_takes_a_step_on_a_device_that_torch_fuses_nothing_for(name: str) -> None:
+    """Such as the device of tensors without data."""
+    for shapes in ([(5, 4), (3,)], [(3,)]):
+        parameters = [nn.Parameter(torch.zeros(shape, device="meta")) for shape in shapes]
+        optimizer = optimizers.make(Optim(name=name), parameters)
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        if name == "adafactor":  # which reads numbers on the host
+            continue
+        optimizer.step()
+        assert not any(group.get("fused") for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "adagrad", "sgd"])
+def test_without_its_kernel_the_numbers_are_the_same_but_for_rounding(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch 2.11 has none of Adagrad on CUDA, and says so in a step."""
+    kind: Any = MADE[name]
+    step, found = kind.step, dict[bool, list[Tensor]]()
+    for fuses in (True, False):
+        if not fuses:
+
+            def without(self: Any, *args: Any) -> Any:
+                if any(group["fused"] for group in self.param_groups):
+                    raise RuntimeError("`fused=True` requires all the params to be of supported devices")
+                return step(self, *args)
+
+            monkeypatch.setattr(kind, "step", without)
+        subject = engine(Optim(1e-2, name, weight_decay=0.1))
+        before = weights(subject)
+        assert [bool(group["fused"]) for group in subject.optimizers["student"].param_groups] == [fuses]
+        [*subject.run(range(4))]
+        found[fuses] = weights(subject)
+        assert not any(torch.equal(a, b) for a, b in zip(before, found[fuses], strict=True))
+    for mine, theirs in zip(found[False], found[True], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", TORCH)
 def test_each_learns_and_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
     optim = Optim(lr=1e-2, name=name, warmup=2, **({"momentum": 0.5} if "momentum" in KINDS[name].defaults else {}))
     whole = engine(optim)

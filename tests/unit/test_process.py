@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import subprocess
 import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -75,3 +80,36 @@ def test_another_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(process.ctypes, "CDLL", missing)
     assert not process.keep_freed_memory()
+
+
+KEEPS = """
+try:
+    raise OSError
+except OSError as error:
+    kept = error
+"""
+"""What xformers does where its kernels are built for another torch."""
+
+
+def test_what_a_module_keeps_of_its_import_is_nothing_of_the_caller_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def after(load: Callable[[str], ModuleType], name: str) -> weakref.ref[torch.nn.Module]:
+        (tmp_path / f"{name}.py").write_text(KEEPS)
+        importlib.invalidate_caches()
+        assert isinstance(load(name).kept, OSError)
+        network = torch.nn.Linear(1, 1)
+        return weakref.ref(network)
+
+    try:
+        held, free = after(importlib.import_module, "keeps_one"), after(process.import_apart, "keeps_two")
+        gc.collect()
+        assert held() is not None, "python itself no longer keeps it"
+        assert free() is None
+    finally:
+        for name in ("keeps_one", "keeps_two"):
+            sys.modules.pop(name, None)
+    with pytest.raises(ModuleNotFoundError, match="keeps_three"):
+        process.import_apart("keeps_three")
