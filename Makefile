@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format mypy results bench performance recovery faults guiders world scenes students report sprites clean
+.PHONY: help install demo test gpu check format mypy results bench performance recovery faults guiders world scenes students report sprites clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -19,6 +19,9 @@ demo: $(VENV)/.installed-eval  ## distil the emoji teacher into one step, judge 
 
 test: $(VENV)/.installed-dev  ## run all tests (offline, on the CPU); PYTEST="-k NAME" for some
 	$(BIN)/pytest $(PYTEST)
+
+gpu: $(VENV)/.installed-dev  ## run what needs a GPU (six minutes), write docs/gpu.json; GPU="waits" for some
+	$(BIN)/python -m tests.gpu.run $(GPU)
 
 check: $(VENV)/.installed-dev  ## formatting, lint, types, spelling
 	$(BIN)/ruff format --check .
