@@ -95,7 +95,7 @@ class Run:
     offload: bool = option(
         False,
         "let optimizer states of roles that do not learn in the phase at hand, and weights that never change, wait in "
-        "host memory; slower; nothing on a CPU; not yet run on a GPU",
+        "host memory; slower; nothing on a CPU",
     )
     max_hours: float = option(
         0.0, "hours of one call, which then saves and ends with exit code 75; 0: no limit", low=0

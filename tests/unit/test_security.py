@@ -32,9 +32,7 @@ CODE = re.compile(
 )
 """Calls that run what they are given, or unpickle it, or write outside the place they are told."""
 ALLOWED = {
-    ("evaluation/inception.py", "torch.load"): "the original Inception's .pt, tensors alone",
-    ("evaluation/preference.py", "torch.load"): "HPSv2's and ImageReward's own .pt, tensors alone",
-    ("evaluation/openmmlab.py", "torch.load"): "OpenMMLab's .pth, tensors alone; made into safetensors",
+    ("evaluation/weights.py", "torch.load"): "checkpoints of others (.pt, .pth), tensors alone",
     ("evaluation/stats.py", "np.load"): "statistics, allow_pickle=False",
     ("fastgen/data/webdataset.py", "np.load"): "its own index beside a shard, allow_pickle=False",
     ("fastgen/data/webdataset.py", "np.save"): "its own index, numbers alone",
