@@ -86,7 +86,7 @@ class Run:
             sharding.shard(self.method.networks.values(), way, torch.device("cpu"))  # type: ignore[arg-type]
         self.ema = {"student": EMA(self.method.networks["student"], 0.9)}
         # eps: differences in the last bits of small gradients are not to be blown up to whole steps
-        rates = optims(self.method, lr=1e-3, eps=1e-4, clip=0.5)
+        rates = optims(self.method, lr=1e-3, eps=1e-3, clip=0.5)
         self.engine = Engine(self.method, Images(self.family), rates, batch_size=BATCH // parallel.size(), steps=STEPS)
 
     def train(self, start: int, stop: int) -> list[dict[str, float]]:
