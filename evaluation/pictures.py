@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from fastgen import registry
-from fastgen.plain import from_json
+from fastgen.plain import from_json, shown
 
 from . import protocol
 from .columns import Row, columns, of_metric, used_columns
@@ -40,7 +40,7 @@ def listed(folder: Path) -> tuple[list[str], list[Row]]:
         for subject in known["subjects"]:
             _ = subject["name"], subject["role"]
             if Path(str(subject["folder"])).name != subject["folder"]:  # which would lead out of the comparison
-                raise ValueError(f"folder {subject['folder']!r} is no name")
+                raise ValueError(f"folder {shown(subject['folder'])} is no name")
         return [str(prompt) for prompt in known["prompts"]], [*known["subjects"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({error}); run `fastgen evaluate` again") from None

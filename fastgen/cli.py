@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from . import interrupt
-from .plain import hidden
+from .plain import hidden, shown
 
 app = typer.Typer(
     name="fastgen",
@@ -144,7 +144,7 @@ def cache(
 
     recipe, evaluation = decode(tree, str(config)), tree.get("eval", {})
     if not isinstance(evaluation, dict):
-        raise ValueError(f"{config}: eval must be a mapping, got {evaluation!r}")
+        raise ValueError(f"{config}: eval must be a mapping, got {shown(evaluation)}")
 
     def quick(image_size: tuple[int, int]) -> list[str]:
         """The prompts of quick evaluations, which are others."""
@@ -364,7 +364,7 @@ def evaluate(
     said = judging.said(metrics, reference)
     given = read(where).get("eval", {}) if where else {}
     if not isinstance(given, dict):
-        raise ValueError(f"{where}: eval must be a mapping, got {given!r}")
+        raise ValueError(f"{where}: eval must be a mapping, got {shown(given)}")
     tree = {"eval": {**given, **said}}
     tree = override(tree, [f"eval.{text}" for text in changes])
     decoded = judging.settings(tree["eval"], str(where or "the command line"))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import textwrap
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from .plain import from_yaml, hidden
+from .plain import from_yaml, hidden, shown
 
 T = TypeVar("T")
 Tree = dict[str, Any]
@@ -89,7 +88,7 @@ def read(path: str | Path, seen: tuple[Path, ...] = ()) -> Tree:
     if isinstance(bases, str):
         bases = [bases]
     if not isinstance(bases, list) or not all(isinstance(b, str) and "\0" not in b for b in bases):
-        raise ConfigError(f"{path}: base must be a list of paths, got {bases!r}")
+        raise ConfigError(f"{path}: base must be a list of paths, got {shown(bases)}")
     check_secrets(tree, str(path))
     merged: Tree = {}
     for base in bases:
@@ -144,7 +143,7 @@ def decode(cls: type[T], tree: Any, where: str, key: str = "", defaults: T | Non
     defaults: what the mapping does not name is taken from here; None: from the class.
     """
     if not isinstance(tree, Mapping):
-        raise ConfigError(f"{where}: {key or 'the config'} must be a mapping, got {tree!r}")
+        raise ConfigError(f"{where}: {key or 'the config'} must be a mapping, got {shown(tree)}")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     for name in tree:
@@ -198,7 +197,7 @@ def _check_limits(limits: _Limits | None, value: Any, where: str, key: str) -> N
         if limits and isinstance(number, int | float) and not isinstance(number, bool):
             broken = limits.broken_by(number)
             if broken:
-                raise ConfigError(f"{where}: {key} {broken}, got {number!r}")
+                raise ConfigError(f"{where}: {key} {broken}, got {shown(number)}")
 
 
 def _value(hint: Any, value: Any, where: str, key: str) -> Any:
@@ -223,7 +222,7 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
         raise errors[0]
     if origin in (list, Sequence, typing.Sequence, tuple) or hint is list:
         if isinstance(value, str) or not isinstance(value, list | tuple):
-            raise ConfigError(f"{where}: {key} must be a list, got {value!r}")
+            raise ConfigError(f"{where}: {key} must be a list, got {shown(value)}")
         if origin is tuple and args and args[-1] is not Ellipsis:
             if len(value) != len(args):
                 raise ConfigError(f"{where}: {key} must hold {len(args)} values, got {len(value)}")
@@ -232,7 +231,7 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
         return tuple(items) if origin is tuple else items
     if origin in (dict, Mapping) or hint is dict:
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: {key} must be a mapping, got {value!r}")
+            raise ConfigError(f"{where}: {key} must be a mapping, got {shown(value)}")
         arm = args[1] if args else Any
         return {str(k): _value(arm, v, where, _join(key, str(k))) for k, v in value.items()}
     return _scalar(hint, value, where, key)
@@ -258,12 +257,4 @@ def _scalar(hint: type, value: Any, where: str, key: str) -> Any:
         names[int] = "a whole number of 64 bits"
     if hint is str and isinstance(value, str):
         names[str] = "text without NUL"
-    raise ConfigError(f"{where}: {key} must be {names.get(hint, hint.__name__)}, got {_shown(value)}")
-
-
-def _shown(value: Any) -> str:
-    """A value as a message has it."""
-    try:
-        return textwrap.shorten(repr(value), 200, placeholder=" ...")
-    except ValueError:  # a number of more digits than Python prints
-        return "a number of thousands of digits"
+    raise ConfigError(f"{where}: {key} must be {names.get(hint, hint.__name__)}, got {shown(value)}")

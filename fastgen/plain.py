@@ -103,6 +103,15 @@ def hidden(text: str) -> str:
     return _LOGIN.sub(r"\1", SECRET.sub("(left out)", text))
 
 
+def shown(value: Any) -> str:
+    """A value as a message has it, cut if it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # a number of more digits than Python prints
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]} ..."
+
+
 def _whole(text: str) -> None:
     try:
         text.encode()

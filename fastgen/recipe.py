@@ -14,6 +14,7 @@ from .config import ConfigError, option
 from .health import Health
 from .lora import Lora
 from .optimizers import Optim
+from .plain import shown
 from .students import Route
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -139,10 +140,10 @@ def decode(tree: Mapping[str, Any], where: str) -> Recipe:
         if key not in tree:
             raise ConfigError(f"{where}: {key} is missing")
     if not isinstance(tree["optim"], Mapping):
-        raise ConfigError(f"{where}: optim must map roles to optimizers, got {tree['optim']!r}")
+        raise ConfigError(f"{where}: optim must map roles to optimizers, got {shown(tree['optim'])}")
     evaluation = tree.get("eval", {})
     if not isinstance(evaluation, Mapping):
-        raise ConfigError(f"{where}: eval must be a mapping, got {evaluation!r}")
+        raise ConfigError(f"{where}: eval must be a mapping, got {shown(evaluation)}")
     return Recipe(
         model=config.decode(Model, tree["model"], where, "model"),
         method=choose("method", "name", tree["method"], where, "method"),
@@ -159,7 +160,7 @@ def decode(tree: Mapping[str, Any], where: str) -> Recipe:
 def choose(kind: str, word: str, tree: Any, where: str, key: str) -> Chosen:
     """``{word: NAME, **options}`` -> the options decoded by the module of that name. Raises ConfigError."""
     if not isinstance(tree, Mapping) or not isinstance(tree.get(word), str):
-        raise ConfigError(f"{where}: {key} must be a mapping with {word!r}, got {tree!r}")
+        raise ConfigError(f"{where}: {key} must be a mapping with {word!r}, got {shown(tree)}")
     try:
         module = registry.find(kind, tree[word])
     except (ValueError, ImportError) as error:

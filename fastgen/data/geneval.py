@@ -20,7 +20,7 @@ import numpy as np
 from fastgen.config import option, suggest
 from fastgen.data import Item, Source
 from fastgen.geneval import COLOURS, RELATIONS, TAGS
-from fastgen.plain import from_json
+from fastgen.plain import from_json, shown
 
 CLASSES = (
     *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light"),
@@ -142,12 +142,12 @@ def checked(record: Any, classes: Sequence[str] = CLASSES) -> Record:
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise ValueError(f"{json.dumps(record)[:60]} is no object with a prompt")
     if record.get("tag") not in TAGS:
-        raise ValueError(f"unknown tag {record.get('tag')!r}{suggest(str(record.get('tag')), TAGS)}")
+        raise ValueError(f"unknown tag {shown(record.get('tag'))}{suggest(str(record.get('tag')), TAGS)}")
     if not record.get("include"):
         raise ValueError("no include; it must list at least one object")
     for key in ("include", "exclude"):
         if not isinstance(record.get(key, []), list) or not all(isinstance(c, dict) for c in record.get(key, [])):
-            raise ValueError(f"{key} must be a list of objects, got {record[key]!r}")
+            raise ValueError(f"{key} must be a list of objects, got {shown(record[key])}")
         for number, clause in enumerate(record.get(key, ())):
             _check_clause(clause, classes, number if key == "include" else 0)
     return record
@@ -163,7 +163,7 @@ def _check_clause(clause: Mapping[str, Any], classes: Sequence[str], before: int
         raise ValueError(f"unknown color {colour!r}{suggest(str(colour), COLOURS)}")
     if "position" in clause:
         if not isinstance(clause["position"], list) or len(clause["position"]) != 2:
-            raise ValueError(f"position of {name!r} must be [relation, object], got {clause['position']!r}")
+            raise ValueError(f"position of {shown(name)} must be [relation, object], got {shown(clause['position'])}")
         relation, target = clause["position"]
         if relation not in RELATIONS:
             raise ValueError(f"unknown position {relation!r}{suggest(str(relation), RELATIONS)}")
