@@ -156,19 +156,21 @@ def checked(record: Any, classes: Sequence[str] = CLASSES) -> Record:
 def _check_clause(clause: Mapping[str, Any], classes: Sequence[str], before: int) -> None:
     name, count, colour = clause.get("class"), clause.get("count"), clause.get("color", COLOURS[0])
     if name not in classes:
-        raise ValueError(f"unknown class {name!r}{suggest(str(name), classes)}")
+        raise ValueError(f"unknown class {shown(name)}{suggest(str(name), classes)}")
     if type(count) is not int or count < 1:
-        raise ValueError(f"count of {name!r} is {count!r}; it must be 1 or more")
+        raise ValueError(f"count of {shown(name)} is {shown(count)}; it must be 1 or more")
     if colour not in COLOURS:
-        raise ValueError(f"unknown color {colour!r}{suggest(str(colour), COLOURS)}")
+        raise ValueError(f"unknown color {shown(colour)}{suggest(str(colour), COLOURS)}")
     if "position" in clause:
         if not isinstance(clause["position"], list) or len(clause["position"]) != 2:
             raise ValueError(f"position of {shown(name)} must be [relation, object], got {shown(clause['position'])}")
         relation, target = clause["position"]
         if relation not in RELATIONS:
-            raise ValueError(f"unknown position {relation!r}{suggest(str(relation), RELATIONS)}")
+            raise ValueError(f"unknown position {shown(relation)}{suggest(str(relation), RELATIONS)}")
         if type(target) is not int or target not in range(before):
-            raise ValueError(f"position of {name!r} refers to object {target}; {before} are named before it")
+            raise ValueError(
+                f"position of {shown(name)} refers to object {shown(target)}; {before} are named before it"
+            )
 
 
 def _distinct(rng: np.random.Generator, items: Sequence[str], count: int) -> list[str]:
