@@ -23,15 +23,22 @@ _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 def from_json(text: str, parse_constant: Callable[[str], Any] | None = None) -> Any:
     """What JSON says. parse_constant: what NaN, Infinity and -Infinity are read as; None: as floats.
 
-    Raises ValueError, also where it is nested too deeply for Python or escapes half a character.
+    Raises ValueError, also where it is nested too deeply for Python, escapes half a character, or has a whole number
+    that no float could be made of.
     """
     try:
-        value = json.loads(text, parse_constant=parse_constant)
+        value = json.loads(text, parse_constant=parse_constant, parse_int=_integer)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if _HALF.search(text):
         _whole(json.dumps(value, ensure_ascii=False))
     return value
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 300:
+        raise ValueError(f"{digits[:20]}... is a number of {len(digits)} digits")
+    return int(digits)
 
 
 def from_yaml(text: str) -> Any:

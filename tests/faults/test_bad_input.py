@@ -384,6 +384,8 @@ def test_rows_that_are_whole_are_read(place: Path) -> None:
             json.dumps(RECORD | {"include": [{"class": "dog", "count": 1, "position": ["left of", False]}]}),
             "position of 'dog' refers to object False",
         ),
+        ("geneval.jsonl", json.dumps(RECORD | {"tag": "a" * 5000}), r"unknown tag 'a{199} \.\.\."),
+        ("coefficients.json", '{"guidance_scale": ' + "1" * 400 + "}", r"1{20}\.\.\. is a number of 400 digits"),
         ("in/captions.jsonl", DEEP, "line 1 is not a JSON object with 'file' and 'caption'"),
         ("in/captions.jsonl", '{"file": 3, "caption": "a"}', "line 1 is not a JSON object"),
         ("in/captions.jsonl", '{"file": "a.png", "caption": [1]}', "line 1 is not a JSON object"),
