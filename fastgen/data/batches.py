@@ -92,7 +92,8 @@ class Batches:
 
     def _encoded(self, items: Mapping[int, Item], rows: int) -> Tensor:
         if isinstance(self._source, LatentSource):
-            return self._source.latents(list(items)).to(next(self._family.denoiser.network.parameters()).device)
+            device = next(self._family.denoiser.network.parameters()).device
+            return to_device(self._source.latents(list(items)), device)
         images = _filled([item.image for item in items.values()], rows)
         return _first(self._family.encode(pixels(images)), len(items))
 

@@ -11,7 +11,6 @@ import fcntl
 import json
 import os
 import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastgen.evaluation import runner
 
 ROOT = Path(__file__).parents[2]
 VARIABLE = "FASTGEN_GPU_REPORT"
@@ -40,7 +41,7 @@ def about() -> dict[str, Any]:
     """The machine, the versions, and the commit if git knows it."""
     found: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "commit": commit(),
+        "commit": runner.commit(),
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "versions": {name: version(name) for name in PACKAGES},
@@ -63,20 +64,6 @@ def version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def commit() -> str:
-    """The commit of this checkout, with a + if files differ from it; empty: git does not know."""
-
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return None if done.returncode else done.stdout.strip()
-
-    head = git("rev-parse", "--short", "HEAD")
-    return f"{head}{'+' if git('status', '--porcelain') else ''}" if head else ""
 
 
 @contextlib.contextmanager
