@@ -62,7 +62,7 @@ class EMA:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(
             list(self.average.values()),
-            [parallel.local(p.detach()).float() for p in self.parameters.values()],
+            [parallel.local(p).float() for p in self.parameters.values()],
             1 - decay,
         )
 

@@ -162,13 +162,18 @@ class Engine:
         return norms
 
     def clip(self, phase: Phase, norms: Mapping[str, Tensor], known: Mapping[str, float]) -> None:
-        """Scale down the gradients of each role whose norm is above its largest one. known: the norms on the host."""
+        """Have the gradients of each role scaled down whose norm is above its largest one.
+
+        known: the norms on the host. Some optimizers scale in their step, which must follow.
+        """
         for role in phase.trains:
             largest = self.optim[role].clip
             # elsewhere the factor is 1, and a pass over all gradients for nothing; 1e-6 is the divisor's own
             if largest and not known[role] + 1e-6 <= largest:
-                found = [parallel.local(p.grad) for p in self.parameters[role].values() if p.grad is not None]
-                torch._foreach_mul_(found, (largest / (norms[role] + 1e-6)).clamp(max=1.0))
+                found = [p.grad for p in self.parameters[role].values() if p.grad is not None]
+                excess = ((norms[role] + 1e-6) / largest).clamp(min=1.0)
+                scaled = self.scalers[phase.name].is_enabled()
+                optimizers.divide(self.optimizers[role], found, excess, at_once=scaled)
 
     def update(self, phase: Phase, step: int) -> None:
         """Move the weights of the roles that the phase trains by their gradients, and drop these."""
@@ -177,6 +182,7 @@ class Engine:
             optimizers.set_lr(self.optimizers[role], self.optim[role].lr_at(step, self.steps))
             scaler.step(self.optimizers[role])
             self.optimizers[role].zero_grad(set_to_none=True)
+            vars(self.optimizers[role]).pop("grad_scale", None)  # of this step alone
         scaler.update()
 
     def _check(self, phase: Phase, step: int, logs: Logs) -> None:

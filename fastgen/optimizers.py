@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import parallel
 from .config import option, suggest
 
 Make = Callable[[list[nn.Parameter], dict[str, Any]], torch.optim.Optimizer]
@@ -231,6 +231,20 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"] = lr
 
 
+def divide(
+    optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor], divisor: Tensor, *, at_once: bool = False
+) -> None:
+    """Divide its gradients by a number: within its next step if that makes one pass of all, or else at once.
+
+    at_once: in any case, since a scaler of losses has its own use for the number that a step divides by (torch 2.4's
+    forgets any other).
+    """
+    if optimizer.defaults.get("fused") and not at_once and not any(map(parallel.is_sharded, gradients)):
+        vars(optimizer)["grad_scale"] = divisor.float()  # what torch's kernels divide by; they read it as float32
+    else:
+        torch._foreach_div_([parallel.local(g) for g in gradients], divisor)
+
+
 def tensors(optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Its states as plain tensors, "<parameter>:<state>", none sharing memory with another; names: of its parameters.
 
@@ -244,7 +258,7 @@ def tensors(optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter])
         for key, value in _parts(optimizer, p):
             if not isinstance(value, Tensor):
                 found[f"{name}:{key}"] = torch.tensor(value)
-            elif _is_sharded(value):
+            elif parallel.is_sharded(value):
                 found[f"{name}:{key}"] = value
             else:
                 storage = value.untyped_storage()._cdata
@@ -286,7 +300,7 @@ def restore(optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter],
 def _parts(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> Iterator[tuple[str, Any]]:
     """The states of a parameter, by name, as tensors and numbers. Raises ValueError for anything else."""
     for key, value in optimizer.state.get(p, {}).items():
-        if isinstance(value, Tensor) and type(value) is not Tensor and not _is_sharded(value):
+        if isinstance(value, Tensor) and type(value) is not Tensor and not parallel.is_sharded(value):
             whole: Any = value
             for part in whole.__tensor_flatten__()[0]:
                 yield f"{key}.{part}", getattr(value, part)
@@ -297,12 +311,3 @@ def _parts(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> Iterator[tuple[
                 f"{type(optimizer).__name__} keeps a {type(value).__name__} as its state {key!r}, which no checkpoint "
                 "holds; use adamw"
             )
-
-
-def _is_sharded(value: Tensor) -> bool:
-    """Whether it is a process's part of a larger one."""
-    if not dist.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(value, DTensor)

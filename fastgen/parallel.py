@@ -152,7 +152,7 @@ def first_of(found: str) -> str:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this process holds some rows of it."""
-    if type(tensor) in (Tensor, nn.Parameter):  # also where there are no others: their import takes seconds
+    if type(tensor) in (Tensor, nn.Parameter) or not dist.is_available():  # the import takes seconds
         return False
     from torch.distributed.tensor import DTensor
 

@@ -165,7 +165,7 @@ class Pairs:
         for name, numbers in self._shards:
             self._prompts += open_shard(self._folder / name, self.card, len(numbers))[1]
         self._whole: set[int] = set()
-        self._opened = lru_cache(maxsize=64)(self._open)
+        self._tensors = lru_cache(maxsize=64)(self._open)
         self.candidates = list(dict.fromkeys(self._prompts))
 
     def concept(self, prompt: str) -> str:
@@ -221,23 +221,24 @@ class Pairs:
         rows: dict[str | float, list[Tensor]] = {key: [] for key in names}
         for index in indices:
             shard, row = divmod(shuffled(index, len(self), self._seed), self.card.shard_size)
-            opened = self._opened(shard)
+            tensors = self._tensors(shard)
             for key, name in names.items():
-                rows[key].append(opened.get_slice(name)[row : row + 1])
-        stacked = {key: torch.cat(found).float() for key, found in rows.items()}
+                rows[key].append(tensors[name][row])
+        stacked = {key: torch.stack(found).float() for key, found in rows.items()}
         return stacked["x0"], stacked["eps"], {t: stacked[t] for t in times}
 
-    def _open(self, shard: int) -> Any:
-        """A shard, its bytes checked the first time. Raises ValueError."""
+    def _open(self, shard: int) -> dict[str, Tensor]:
+        """A shard's tensors, mapped rather than read, its bytes checked the first time. Raises ValueError."""
         name, numbers = self._shards[shard]
         opened, prompts, digest = open_shard(self._folder / name, self.card, len(numbers))
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}
         if shard not in self._whole:
-            if _digest({key: opened.get_tensor(key) for key in opened.keys()}, prompts) != digest:
+            if _digest(tensors, prompts) != digest:
                 raise ValueError(
                     f"{self._folder / name}: damaged (its digest differs); delete it and give `fastgen pairs` again"
                 )
             self._whole.add(shard)
-        return opened
+        return tensors
 
 
 def open(config: Config, image_size: tuple[int, int]) -> Source:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastgen import optimizers
 from fastgen.engine import Engine, NonFiniteLoss
 from fastgen.method import Batch, Phase, Terms
 from fastgen.optimizers import Optim
@@ -272,19 +273,34 @@ def test_gradients_are_clipped_by_norm_and_logged_before(clip: float, applied: f
     assert moment.norm().item() / 0.1 == pytest.approx(applied, rel=1e-4)  # beta1 is 0.9
 
 
-@pytest.mark.parametrize("excess", [-1e-3, -1e-6, -1e-7, 0.0, 1e-7, 1e-6, 1e-3])
-def test_where_the_factor_is_one_leaving_out_clipping_changes_no_bit(excess: float) -> None:
+@pytest.mark.parametrize("excess", [-1e-3, -1e-6, -1e-7, 0.0, 1e-7, 1e-6, 1e-3, 1.0])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "rmsprop", "muon"])
+def test_clipping_is_torchs_own_and_leaving_it_out_changes_no_bit(name: str, excess: float) -> None:
     method = one_phase(lambda network, batch, rng: 3 * network(torch.ones(len(batch), 4))[:, 0])
-    phase, clip = method.phases[0], 6.0 * (1 + excess)
-    subject = Engine(method, DATA, optims(method, clip=clip), batch_size=2, steps=8)
+    phase, clip = method.phases[0], 6.0 / (1 + excess)
     p = method.networks["a"].weight
-    p.grad = torch.full_like(p, 3.0)
-    norms = subject.gradient_norms(phase)
-    expected = p.detach().clone()
-    expected.grad = p.grad.clone()
-    torch.nn.utils.clip_grads_with_norm_([expected], clip, norms["a"])
-    subject.clip(phase, norms, {"a": float(norms["a"])})
-    assert torch.equal(p.grad, expected.grad)
+    start, moved = p.detach().clone(), []
+    for own in (True, False):
+        settings = optims(method, name=name, lr=1.0, clip=clip if own else 0.0)
+        subject = Engine(method, DATA, settings, batch_size=2, steps=8)
+        p.data = start.clone()
+        p.requires_grad_(True)
+        for _ in range(2):  # nothing is left of the first for the second
+            p.grad = torch.tensor([[3.0, -3.0, 3.0, 3.0]])
+            norms = subject.gradient_norms(phase)
+            if own:
+                subject.clip(phase, norms, {"a": float(norms["a"])})
+            else:
+                torch.nn.utils.clip_grads_with_norm_([p], clip, norms["a"])
+            subject.update(phase, 0)
+        p.grad = torch.full_like(p, 0.5)  # below what is clipped
+        subject.update(phase, 1)
+        moved.append([p.detach().clone(), *optimizers.tensors(subject.optimizers["a"], {"a": p}).values()])
+    for ours, torchs in zip(*moved, strict=True):
+        if 6.0 + 1e-6 <= clip:
+            assert torch.equal(ours, torchs)
+        else:
+            torch.testing.assert_close(ours, torchs, rtol=1e-6, atol=1e-7)
 
 
 def test_each_role_is_clipped_by_its_own_norm() -> None:
@@ -342,11 +358,14 @@ def test_with_fp16_a_loss_that_is_not_finite_still_stops_the_run() -> None:
         train(engine(overflowing(math.nan), fp16=True), range(2))
 
 
-def test_with_fp16_updates_clipping_and_logs_are_those_without() -> None:
+@pytest.mark.parametrize("clip", [10.0, 0.01])
+def test_with_fp16_updates_clipping_and_logs_are_those_without(clip: float) -> None:
     results = []
     for fp16 in (False, True):
         method = linear_method()
-        logs = train(engine(method, fp16=fp16), range(5))
+        subject = Engine(method, DATA, optims(method, name="sgd", clip=clip), batch_size=2, steps=8, fp16=fp16)
+        logs = train(subject, range(5))
+        assert logs[-1]["first/a.grad_norm"] > 0.01
         results.append((states(method)["b"], logs))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-6)
     assert results[0][1][-1] == pytest.approx(results[1][1][-1], rel=1e-4)
