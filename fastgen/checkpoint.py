@@ -8,6 +8,7 @@ number of processes, whether they hold whole networks or split them (``fastgen.s
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -54,14 +55,30 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         for file in partial.rglob("*"):
             _flush(file)
         _flush(partial)
-        old = path.with_name(f".{path.name}.old-{os.getpid()}")
-        if path.exists():
+        if not path.exists():
+            partial.rename(path)
+        elif not _swap(partial, path):
+            old = path.with_name(f".{path.name}.old-{os.getpid()}")
             path.rename(old)
-        partial.rename(path)
+            try:
+                partial.rename(path)
+            except BaseException:
+                old.rename(path)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
         _flush(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _swap(one: Path, other: Path) -> bool:
+    """Let two paths change names in one step, so that neither is ever missing; False: not done, this system cannot."""
+    exchange, here = 2, -100  # RENAME_EXCHANGE, AT_FDCWD of Linux
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):  # no such function, or no such way to ask for it
+        return False
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 @contextmanager

@@ -21,6 +21,6 @@ def show(columns: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) 
 
 
 def markdown(columns: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
-    """The same in Markdown."""
+    """The same in Markdown. Cells are Markdown already: what could be read as its signs is escaped by the caller."""
     rule = ["---"] * left + ["---:"] * (len(columns) - left)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, rule, *lines))

@@ -341,6 +341,49 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["result"]
 
 
+@pytest.mark.parametrize("swaps", [True, False], ids=["swaps", "renames twice"])
+def test_a_folder_is_replaced_and_nothing_else_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swaps: bool
+) -> None:
+    path = tmp_path / "result"
+    for text in ("old", "new"):
+        with atomic_folder(path) as folder:
+            (folder / text).touch()
+            if not swaps:
+                monkeypatch.setattr(checkpoint, "_swap", lambda one, other: False)
+    assert [p.name for p in path.iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["result"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux' renameat2")
+def test_while_a_folder_is_replaced_it_is_never_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, renamed = tmp_path / "result", []
+    monkeypatch.setattr(Path, "rename", lambda one, other: renamed.append(one) or os.rename(one, other))
+    for text in ("old", "new"):
+        with atomic_folder(path) as folder:
+            (folder / text).touch()
+    assert len(renamed) == 1  # the first time only, where there was none
+    assert [p.name for p in path.iterdir()] == ["new"]
+
+
+def test_what_interrupts_a_replacement_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, rename = tmp_path / "result", os.rename
+    with atomic_folder(path) as folder:
+        (folder / "old").touch()
+
+    def interrupted(one: Path, other: Path) -> None:
+        if ".partial-" in one.name:
+            raise KeyboardInterrupt
+        rename(one, other)
+
+    monkeypatch.setattr(checkpoint, "_swap", lambda one, other: False)
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(path) as folder:
+        (folder / "new").touch()
+    assert [p.name for p in path.iterdir()] == ["old"]
+    assert [p.name for p in tmp_path.iterdir()] == ["result"]
+
+
 def test_an_exception_leaves_the_old_folder_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "result"
     with atomic_folder(path) as folder:
