@@ -16,8 +16,8 @@ _BACKENDS = {"eager": "_native_math", "sdpa": "native"}
 _PACKAGES = {"xformers": "xformers.ops", "flash": "flash_attn", "sage": "sageattention"}
 _HALF = ("flash", "sage")
 """Those that take no float32."""
-TOLERANCE = 2e-2
-"""Of a kernel in half precision against plain matrix products, in units of the largest output."""
+TOLERANCE = {torch.float16: 2e-2, torch.float32: 2e-2, torch.bfloat16: 4e-2}
+"""Of a kernel on CUDA against plain matrix products, in units of the largest output; float32 may be TF32 there."""
 
 
 def set_attention(
@@ -40,7 +40,7 @@ def set_attention(
     for name in order:
         try:
             if name not in ("eager", "sdpa"):
-                _probe(name, device)
+                _probe(name, device, autocast or (torch.float16 if name in _HALF else torch.float32))
             if name in _HALF and networks and autocast is None:
                 raise ValueError("it takes no float32; set run.precision bf16")
             for network in networks:
@@ -58,13 +58,14 @@ def set_attention(
 def available(device: torch.device) -> dict[str, str]:
     """Each kernel's name and why it does not work on this device, in one line; empty if it does.
 
-    Some have no place in the older networks, the U-Nets, or take half precision only: ``set_attention`` says so.
+    On CUDA in half precision, which some take alone, and some have no place in the older networks, the U-Nets:
+    ``set_attention`` says so.
     """
     _without_cudnn(device)
     found = {}
     for name in NAMES:
         try:
-            _probe(name, device)
+            _probe(name, device, torch.float16 if device.type == "cuda" else torch.float32)
             found[name] = ""
         except Exception as error:  # of several libraries
             found[name] = _line(error)
@@ -85,11 +86,12 @@ def _without_cudnn(device: torch.device) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def _probe(name: str, device: torch.device) -> None:
-    """Run the kernel on small inputs of this device, forward and backward, beside matrix products. Raises on failure.
+def _probe(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Run the kernel on small inputs, forward and backward, beside matrix products. Raises on failure.
 
-    What has no backward pass, as sage, would let a network learn without what passes through its attention. A kernel
-    may be right only where the tokens fill its tiles, or where the gradient lies in memory as the output does.
+    What works in half precision may have no kernel for float32, as xformers on the newest GPUs. What has no backward
+    pass, as sage, would let a network learn without what passes through its attention. A kernel may be right only
+    where the tokens fill its tiles, or where the gradient lies in memory as the output does.
     """
     if name in _PACKAGES:
         if device.type != "cuda":
@@ -100,11 +102,10 @@ def _probe(name: str, device: torch.device) -> None:
 
     # which knows of packages that are too old; what it has in the place of their kernels is None
     attention_dispatch._check_attention_backend_requirements(AttentionBackendName(_BACKENDS.get(name, name)))
-    half = device.type == "cuda"
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, torch.float16 if half else torch.float32)
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
     def of(backend: str, x: Tensor, to: Tensor) -> list[Tensor]:
         given = [one.detach().requires_grad_() for one in x]
@@ -120,7 +121,7 @@ def _probe(name: str, device: torch.device) -> None:
             pairs = zip(of(_BACKENDS.get(name, name), x, gradient), of("_native_math", x, gradient), strict=True)
             for mine, plain in pairs:
                 error = float(((mine - plain).abs().max() / plain.abs().max()).detach())
-                if not error < (TOLERANCE if half else 1e-4):
+                if not error < (TOLERANCE[dtype] if device.type == "cuda" else 1e-4):
                     raise ValueError(f"it differs from plain matrix products by {error:.1e}")
 
 

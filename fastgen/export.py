@@ -652,13 +652,16 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
 
 
 def whole(pipeline: Any, path: str | Path) -> Any:
-    """The pipeline itself. Raises ValueError if its files lacked some of its weights.
+    """The pipeline itself. Raises ValueError if its files lacked some of its weights, or a tokenizer takes no token.
 
-    Of Diffusers' models these are then nowhere, and of Transformers' made up at random.
+    Of Diffusers' models what lacked is then nowhere, and of Transformers' made up at random.
     """
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     for name, part in pipeline.components.items():
+        limit = part.model_max_length if isinstance(part, PreTrainedTokenizerBase) else None
+        if isinstance(limit, bool) or (isinstance(limit, int | float) and not limit >= 1):
+            raise ValueError(f"{path}: its {name} has the model_max_length {limit}, not 1 or more; download it again")
         if not isinstance(part, torch.nn.Module):
             continue
         lacking = [key for key, p in part.named_parameters() if p.is_meta]

@@ -725,6 +725,7 @@ def changed(file: Path, content: str) -> Iterator[None]:
 
 @pytest.mark.parametrize("name", PIPELINE)
 @pytest.mark.parametrize("words", [["generate", "teacher"], ["train", "run.yaml"]], ids=["generate", "train"])
+@pytest.mark.filterwarnings("default:a prompt of . tokens was cut to:UserWarning")  # as its settings have it
 @some(10, 300)
 @given(data=st.data())
 def test_a_pipeline_with_anything_in_a_file_is_taken_or_refused_by_name(
@@ -758,6 +759,16 @@ def test_a_pipeline_with_anything_in_a_file_is_taken_or_refused_by_name(
         ("tokenizer/tokenizer_config.json", {"model_max_length": 10**40}, "its tokenizer: OverflowError: int too big"),
         ("tokenizer/tokenizer_config.json", {"model_max_length": "x"}, "its tokenizer: TypeError: "),
         ("tokenizer/tokenizer_config.json", {"model_max_length": 2**63}, "its tokenizer: PanicException: capacity"),
+        (
+            "tokenizer/tokenizer_config.json",
+            {"model_max_length": False},
+            "its tokenizer has the model_max_length False",
+        ),
+        (
+            "tokenizer/tokenizer_config.json",
+            {"model_max_length": -1},
+            "its tokenizer has the model_max_length -1, not",
+        ),
         ("tokenizer/tokenizer_config.json", {"pad_token": "new"}, "its text_encoder: IndexError: index out of range"),
         ("tokenizer/tokenizer_config.json", None, "tokenizer_config.json: not the settings of a component (it is no"),
         ("scheduler/scheduler_config.json", {"beta_start": "x"}, "its scheduler: TypeError: "),

@@ -166,7 +166,7 @@ def test_a_kernel_that_computes_something_else_is_refused(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("choice", ["flash", "sage"])
 def test_kernels_of_half_precision_are_refused_in_float32(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_probe", lambda name, device: None)
+    monkeypatch.setattr(attention, "_probe", lambda *of: None)
     with pytest.raises(
         ValueError, match=rf"'{choice}' does not work here \(it takes no float32; set run.precision bf16"
     ):
@@ -196,7 +196,7 @@ def test_a_kernel_that_does_not_work_here_is_one_line(choice: str) -> None:
 
 
 def test_flash_is_told_to_be_missing_from_the_older_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_probe", lambda name, device: None)
+    monkeypatch.setattr(attention, "_probe", lambda *of: None)
     with pytest.raises(
         ValueError, match=r"'flash' does not work here \(UNet2DConditionModel uses Diffusers' older atten"
     ):
@@ -207,7 +207,7 @@ def test_flash_is_told_to_be_missing_from_the_older_networks(monkeypatch: pytest
 def test_auto_on_a_gpu_falls_back_to_pytorch_s_kernels_and_says_so(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def probe(name: str, device: torch.device) -> None:
+    def probe(name: str, device: torch.device, dtype: torch.dtype) -> None:
         raise error
 
     monkeypatch.setattr(attention, "_probe", probe)
@@ -219,12 +219,26 @@ def test_auto_on_a_gpu_falls_back_to_pytorch_s_kernels_and_says_so(
 
 
 def test_auto_on_a_gpu_takes_xformers_where_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_probe", lambda name, device: None)
+    monkeypatch.setattr(attention, "_probe", lambda *of: None)
     network = unet()
     switched = []
     network.enable_xformers_memory_efficient_attention = lambda: switched.append(True)  # type: ignore[assignment]
     assert set_attention([network], "auto", CUDA) == "xformers"
     assert switched == [True]
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+def test_a_kernel_is_tried_in_the_numbers_that_it_is_to_compute_in(
+    autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half_only(name: str, device: torch.device, dtype: torch.dtype) -> None:
+        if dtype == torch.float32:
+            raise NotImplementedError("No operator found")
+
+    monkeypatch.setattr(attention, "_probe", half_only)
+    network = unet()
+    network.enable_xformers_memory_efficient_attention = lambda: None  # type: ignore[assignment]
+    assert set_attention([network], "auto", CUDA, autocast) == ("xformers" if autocast else "sdpa")
 
 
 @pytest.mark.parametrize(("device", "left_out"), [(CUDA, [False]), (CPU, [])])
@@ -256,9 +270,9 @@ def test_a_kernel_whose_gradient_goes_by_the_layout_is_refused(monkeypatch: pyte
 
     monkeypatch.setattr(attention_dispatch, "dispatch_attention_fn", wrong)
     with pytest.raises(ValueError, match="it differs from plain matrix products by"):
-        attention._probe("sdpa", CPU)
+        attention._probe("sdpa", CPU, torch.float32)
     monkeypatch.undo()
-    attention._probe("sdpa", CPU)
+    attention._probe("sdpa", CPU, torch.float32)
 
 
 def test_a_kernel_whose_package_is_too_old_is_refused_by_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
