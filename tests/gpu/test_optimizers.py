@@ -69,6 +69,23 @@ def test_it_goes_down_a_quadratic_and_takes_what_the_estimate_says(name: str) ->
         assert abs(bytes_held - expected) < 0.01 * expected, figures
 
 
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "adagrad", "muon"])
+def test_gradients_are_divided_in_the_step_as_before_it(name: str) -> None:
+    """As clipping divides them: within the pass of those that have one."""
+    g = torch.Generator().manual_seed(0)
+    start, to, divisor = torch.randn(64, 64, generator=g), torch.randn(64, 64, generator=g), torch.tensor(7.0)
+    sides = []
+    for at_once in (False, True):
+        p = nn.Parameter(start.to(world.CUDA))
+        optimizer = made(optim_of(name), [p])
+        p.grad = to.to(world.CUDA)
+        optimizers.divide(optimizer, [p.grad], divisor.to(world.CUDA), at_once=at_once)
+        optimizer.step()
+        sides.append([p.detach(), *optimizers.tensors(optimizer, {"p": p}).values()])
+    for within, before in zip(*sides, strict=True):
+        torch.testing.assert_close(within, before, rtol=1e-5, atol=1e-7)
+
+
 class Points:
     def batch(self, samples: Sequence[int]) -> Batch:
         x0 = torch.tensor([[s % 7 / 7.0, s % 5 / 5.0, 1.0] for s in samples])
