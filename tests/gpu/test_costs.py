@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import statistics
 
 import pytest
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
+from fastgen import attention
 from tests.gpu import world
 from tests.gpu.report import note
 
@@ -25,3 +29,33 @@ def test_an_iteration_against_its_floor(batch: int) -> None:
         note("cost", f"{row['method']} batch {batch}", {key: row[key] for key in kept})
         assert row["device"].startswith("cuda")
         assert row["ratio"] > 0.5
+
+
+SHAPES = {"SDXL at 64 x 64": (4, 4096, 10, 64), "Flux at 1024 x 1024": (1, 4608, 24, 128)}
+"""Batch, tokens, heads and their width."""
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_of_attention_beside_each_other(shape: str) -> None:
+    """Forward and backward of bfloat16, in units of PyTorch's own kernels; noted, for "auto" to be what is fast."""
+    attention._without_cudnn(world.CUDA)
+    g = torch.Generator().manual_seed(0)
+    q, k, v, to = (torch.randn(SHAPES[shape], generator=g).to(world.CUDA, torch.bfloat16) for _ in range(4))
+    seconds = {}
+    for name in attention.NAMES:
+        try:
+            attention._probe(name, world.CUDA, torch.bfloat16)
+        except Exception:  # of several libraries: it is not here
+            continue
+        backend, taken = AttentionBackendName(attention._BACKENDS.get(name, name)), []
+        for _ in range(13):
+            given = [x.clone().requires_grad_() for x in (q, k, v)]
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+            torch.autograd.grad(dispatch_attention_fn(*given, backend=backend), given, to)
+            events[1].record()
+            torch.cuda.synchronize()
+            taken.append(events[0].elapsed_time(events[1]))
+        seconds[name] = statistics.median(taken[3:])
+    note("cost", f"attention, {shape}", {name: one / seconds["sdpa"] for name, one in seconds.items()})
+    assert seconds["sdpa"] < seconds["eager"]
