@@ -43,7 +43,7 @@ results: demo  ## make the demo's numbers in README.md and docs/results.md again
 	$(BIN)/fastgen report page runs/demo --into docs/results.md --name demo --picture docs/demo.png
 	$(BIN)/fastgen report page runs/demo --into README.md --name demo
 
-bench: $(VENV)/.installed-eval  ## train and judge every method on the emoji teacher, write docs/results.json (hours; resumes)
+bench: performance $(VENV)/.installed-eval  ## performance, then train and judge every method on the emoji teacher, write docs/results.json (hours; resumes)
 	$(BIN)/fastgen bench methods
 
 performance: $(VENV)/.installed-dev  ## measure what an iteration of each method takes and holds, write docs/performance.md
