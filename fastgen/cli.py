@@ -988,6 +988,19 @@ def is_main() -> bool:
 
 
 def main() -> None:
+    """A process that runs the command line."""
+    code: Any = 1  # of what --debug lets through
+    try:
+        run()
+        code = 0
+    except SystemExit as ended:
+        code = ended.code or 0
+        raise
+    finally:
+        interrupt.over(code)
+
+
+def run() -> None:
     """Run the command line, with no traceback unless --debug.
 
     Exit codes: 0 done, 1 failed, 2 bad input, 3 ended by ``health.stop``, 75 training that was asked to stop and goes

@@ -69,7 +69,7 @@ def fastgen(*arguments: object) -> Result:
         contextlib.redirect_stderr(err),
     ):
         try:
-            cli.main()
+            cli.run()
         except SystemExit as ended:
             code = ended.code or 0
     assert isinstance(code, int)

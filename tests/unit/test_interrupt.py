@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -53,6 +55,26 @@ def test_one_that_came_in_the_last_step_is_not_forgotten() -> None:
         with watch.stepping():
             send(signal.SIGTERM)
         pytest.fail("it went on")
+
+
+@pytest.mark.parametrize("number", interrupt.SIGNALS)
+@pytest.mark.parametrize(("words", "code"), [(["list", "methods"], 0), (["train", "nowhere.yaml"], 2)])
+def test_once_a_command_is_done_a_signal_leaves_it_its_exit_code(number: int, words: list[str], code: int) -> None:
+    """While Python clears up: the first of what is called at exit sends one."""
+    program = (
+        "import atexit, os, signal, sys, time\n"
+        "from fastgen import cli\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"atexit.register(lambda: (os.kill(os.getpid(), {int(number)}), time.sleep(20), print('still there')))\n"
+        f"sys.argv = ['fastgen', *{words}]\n"
+        "cli.main()"
+    )
+    began = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == code, ended.stderr
+    assert "still there" not in ended.stdout
+    assert time.monotonic() - began < 20
+    assert ("dmd2" in ended.stdout) if code == 0 else ("nowhere.yaml" in ended.stderr)
 
 
 def test_several_at_once_are_one_request() -> None:
