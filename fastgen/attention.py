@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -26,11 +27,12 @@ def set_attention(
     """Switch every network to ``choice`` and return the name of what they use now.
 
     "auto" takes the best that works on this machine. On CUDA: xformers if it works, else PyTorch's own
-    scaled_dot_product_attention, which itself picks flash or memory-efficient kernels, but not cuDNN's. On a CPU:
+    scaled_dot_product_attention, which itself picks flash or memory-efficient kernels, but not cuDNN's; on an H100
+    they take the same time, and so does "flash" (docs/gpu.md). On a CPU:
     "eager", two plain matrix products, since the backward pass of PyTorch's CPU flash kernel is slow (with 64 tokens
     and 32 channels a head a whole U-Net trained 1.5 times as fast without it). autocast: what the networks compute
     in; None: float32.
-    Raises ValueError if a named kernel does not work here. Not yet run on a GPU: "xformers", "flash", "sage".
+    Raises ValueError if a named kernel does not work here. Not yet run on a GPU: "sage".
     """
     _without_cudnn(device)
     if choice == "auto":
@@ -73,7 +75,10 @@ def available(device: torch.device) -> dict[str, str]:
 
 
 def _line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")
+    """The first line, and the first reason where xformers lists those of each of its kernels."""
+    text = str(error).strip()
+    first, why = text.split("\n")[0].rstrip(".:"), re.search(r"because:\s*\n\s*(.+)", text)
+    return f"{first}: {why[1].strip()}" if why else first
 
 
 def _without_cudnn(device: torch.device) -> None:

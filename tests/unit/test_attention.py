@@ -227,6 +227,22 @@ def test_auto_on_a_gpu_takes_xformers_where_it_works(monkeypatch: pytest.MonkeyP
     assert switched == [True]
 
 
+XFORMERS = """No operator found for `memory_efficient_attention_forward` with inputs:
+     query       : shape=(2, 128, 2, 64) (torch.float32)
+     attn_bias   : <class 'NoneType'>
+`fa2F@2.8.3` is not supported because:
+    dtype=torch.float32 (supported: {torch.float16})
+`cutlassF-pt` is not supported because:
+    requires a GPU
+"""
+
+
+def test_of_xformers_reasons_the_first_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_probe", mock.Mock(side_effect=NotImplementedError(XFORMERS)))
+    with pytest.raises(ValueError, match=r"forward` with inputs: dtype=torch.float32 \(supported: .*\); use auto"):
+        set_attention([unet()], "xformers", CUDA)
+
+
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 def test_a_kernel_is_tried_in_the_numbers_that_it_is_to_compute_in(
     autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
