@@ -904,8 +904,8 @@ def told(
 def benched(given: list[str], changes: list[str], folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and tree of the configs to be measured, changed by all KEY=VALUE among ``given``, last of all.
 
-    Without a config those of the emoji world, on the shipped teacher, each method and its options once. Where one
-    names the config that its pairs are made by, a few are made in ``folder``.
+    Without a config those of the emoji world, on the shipped teacher, each method and its options once; each
+    ``by_itself``.
     """
     from .config import override, read
 
@@ -919,7 +919,7 @@ def benched(given: list[str], changes: list[str], folder: Path) -> Iterator[tupl
             if not any(tree["method"] == recipes[name]["method"] for tree in trees.values()):
                 trees[name] = override(recipes[name], ["model.path=assets:emoji/teacher"])
     for name, tree in trees.items():
-        yield name, with_pairs(override(tree, changes), folder)
+        yield name, by_itself(override(tree, changes), folder)
 
 
 def named(configs: Iterable[str | Path]) -> dict[str, Path]:
@@ -928,12 +928,22 @@ def named(configs: Iterable[str | Path]) -> dict[str, Path]:
     return {names.get(path.resolve(), str(path)): path for path in (find_config(Path(c)) for c in configs)}
 
 
-def with_pairs(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The tree with a few pairs in ``folder`` for its data, if it says by which config pairs are made."""
-    data = tree.get("data", {})
+def by_itself(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The tree without what other runs leave, for what does not depend on weights: only shapes, which stay the same.
+
+    Of pairs, if it says by which config they are made, it gets a few in ``folder``. A student whose start is not there
+    starts from the teacher.
+    """
+    from .config import override, read
+    from .recipe import locate
+
+    data, start = tree.get("data", {}), tree.get("student", {}).get("init", "")
+    if start and not Path(locate(start)).exists():
+        told = "student.init %s is no folder here; the teacher, whose shape it has, is measured in its place"
+        logging.getLogger(__name__).info(told, start)
+        tree = override(tree, ['student.init=""'])
     if data.get("source") != "pairs" or not data.get("made_by"):
         return tree
-    from .config import override, read
     from .pairs import decode, make
 
     out = folder / data["made_by"].replace("/", "-")

@@ -218,6 +218,13 @@ def test_pairs_are_made_for_the_measurement_where_the_config_says_by_which(world
     assert "holds no teacher pairs" in without.err
 
 
+def test_a_student_whose_start_is_not_there_is_measured_as_the_teacher(world: Path) -> None:
+    words = ["--rounds", 1, "--batch-size", 2, "--json", f"student.init={world / 'never'}"]
+    result = done("bench", "cost", world / "run.yaml", *words)
+    assert f"student.init {world / 'never'} is no folder here; the teacher, whose shape it has, is m" in result.err
+    assert json.loads(result.out)[0]["ratio"] > 0
+
+
 def test_a_method_that_declares_no_passes_is_refused(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     init = dmd2.Method.__init__
 
@@ -244,7 +251,7 @@ def test_the_processors_clock_is_refused_where_it_does_not_see_the_device(
 def test_without_a_config_each_method_of_the_emoji_world_is_meant(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cli, "with_pairs", lambda tree, folder: tree)
+    monkeypatch.setattr(cli, "by_itself", lambda tree, folder: tree)
     trees = dict(cli.benched(["run.seed=3"], ["run.batch_size=32"], tmp_path))
     assert {tree["method"]["name"] for tree in trees.values()} == set(registry.names("method"))
     assert {name for name, tree in trees.items() if tree["method"]["name"] == "dmd2"} == {

@@ -41,9 +41,8 @@ def methods() -> list[str]:
 
 def tree(name: str, folder: Path, *changes: str) -> dict[str, Any]:
     """The config ``emoji/NAME``; a few pairs are made in ``folder`` if it trains on them."""
-    own = {"consistency_gan": ('student.init=""',)}.get(name, ())  # which starts from a run before it
-    changed = config.override(config.read(CONFIGS / f"{name}.yaml"), [*QUICK, *own, f"run.out={folder / name}"])
-    return cli.with_pairs(config.override(changed, changes), folder)
+    changed = config.override(config.read(CONFIGS / f"{name}.yaml"), [*QUICK, f"run.out={folder / name}"])
+    return cli.by_itself(config.override(changed, changes), folder)
 
 
 def built(name: str, folder: Path, *changes: str, device: torch.device | None = None) -> Session:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
+from unittest import mock
 
 import pytest
 import torch
