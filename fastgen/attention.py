@@ -26,17 +26,15 @@ def set_attention(
 ) -> str:
     """Switch every network to ``choice`` and return the name of what they use now.
 
-    "auto" takes the best that works on this machine. On CUDA: xformers if it works, else PyTorch's own
-    scaled_dot_product_attention, which itself picks flash or memory-efficient kernels, but not cuDNN's; on an H100
-    they take the same time, and so does "flash" (docs/gpu.md). On a CPU:
-    "eager", two plain matrix products, since the backward pass of PyTorch's CPU flash kernel is slow (with 64 tokens
-    and 32 channels a head a whole U-Net trained 1.5 times as fast without it). autocast: what the networks compute
-    in; None: float32.
+    "auto" on CUDA: PyTorch's own scaled_dot_product_attention, which itself picks flash or memory-efficient kernels,
+    but not cuDNN's; "flash" and "xformers" take as long (docs/gpu.md). "auto" on a CPU: "eager", two plain matrix
+    products, since the backward pass of PyTorch's CPU flash kernel is slow (with 64 tokens and 32 channels a head a
+    whole U-Net trained 1.5 times as fast without it). autocast: what the networks compute in; None: float32.
     Raises ValueError if a named kernel does not work here. Not yet run on a GPU: "sage".
     """
     _without_cudnn(device)
     if choice == "auto":
-        order = ["xformers", "sdpa"] if device.type == "cuda" else ["eager", "sdpa"]
+        order = ["sdpa"] if device.type == "cuda" else ["eager", "sdpa"]
     else:
         order = [choice]
     for name in order:

@@ -34,7 +34,7 @@ class Model:
     image_size: tuple[int, int] | None = option(None, "height and width in pixels; null: the pipeline's own", low=1)
     num_frames: int | None = option(None, "of a video; null: the pipeline's own", low=1)
     attention: Literal["auto", "eager", "sdpa", "flex", "xformers", "flash", "sage"] = option(
-        "auto", "kernel of the attention layers"
+        "auto", "kernel of the attention layers; flex is fast with compile alone"
     )
     dtype: Literal["fp32", "bf16", "fp16"] = option(
         "fp32", "what frozen networks are held in, run.precision or fp32; what learns stays fp32"

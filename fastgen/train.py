@@ -380,6 +380,11 @@ def method_of(recipe: Recipe, family: Family, device: torch.device) -> tuple[Fam
     denoisers: list[Any] = [n for n in networks if isinstance(lora.plain(n), kind)]
     autocast = family.denoiser.autocast
     used = attention.set_attention([lora.plain(n) for n in denoisers], model.attention, device, autocast)
+    if used == "flex" and not model.compile:
+        log.warning(
+            "model.attention flex is one kernel only where it is compiled, and 20 times as slow elsewhere; set "
+            "model.compile true, or take sdpa"
+        )
     exact = sorted({p.role for phase in method.phases for p in phase.passes if p.mode == "jvp"})
     if exact and used != "eager":
         mine = [lora.plain(n) for role in exact for n in members(method.networks[role])]

@@ -205,26 +205,25 @@ def test_flash_is_told_to_be_missing_from_the_older_networks(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("error", [ImportError("no xformers"), RuntimeError("no kernel image\nat line 3")])
-def test_auto_on_a_gpu_falls_back_to_pytorch_s_kernels_and_says_so(
-    error: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def probe(name: str, device: torch.device, dtype: torch.dtype) -> None:
-        raise error
+def test_a_named_kernel_that_fails_is_not_replaced(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_probe", mock.Mock(side_effect=error))
+    with pytest.raises(ValueError, match=r"'xformers' does not work here \(no"):
+        set_attention([unet()], "xformers", CUDA)
 
-    monkeypatch.setattr(attention, "_probe", probe)
+
+def test_auto_on_a_gpu_takes_pytorch_s_kernels_and_tries_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_probe", mock.Mock(side_effect=AssertionError("tried")))
     network = unet()
     assert set_attention([network], "auto", CUDA) == "sdpa"
     assert kinds(network) == {AttnProcessor2_0}
-    with pytest.raises(ValueError, match=r"'xformers' does not work here \(no"):
-        set_attention([network], "xformers", CUDA)
 
 
-def test_auto_on_a_gpu_takes_xformers_where_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_xformers_is_taken_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_probe", lambda *of: None)
     network = unet()
     switched = []
     network.enable_xformers_memory_efficient_attention = lambda: switched.append(True)  # type: ignore[assignment]
-    assert set_attention([network], "auto", CUDA) == "xformers"
+    assert set_attention([network], "xformers", CUDA) == "xformers"
     assert switched == [True]
 
 
@@ -255,7 +254,11 @@ def test_a_kernel_is_tried_in_the_numbers_that_it_is_to_compute_in(
     monkeypatch.setattr(attention, "_probe", half_only)
     network = unet()
     network.enable_xformers_memory_efficient_attention = lambda: None  # type: ignore[assignment]
-    assert set_attention([network], "auto", CUDA, autocast) == ("xformers" if autocast else "sdpa")
+    if autocast:
+        assert set_attention([network], "xformers", CUDA, autocast) == "xformers"
+    else:
+        with pytest.raises(ValueError, match="No operator found"):
+            set_attention([network], "xformers", CUDA, autocast)
 
 
 @pytest.mark.parametrize(("device", "left_out"), [(CUDA, [False]), (CPU, [])])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -160,6 +161,15 @@ def test_a_compiled_run_leaves_what_a_plain_one_leaves(world: Path, tmp_path: Pa
             assert (found[key] - value).abs().max() <= 1e-4 * value.abs().max().clamp(min=1), (name, key)
     session = train.build(of_world(world, f"run.out={tmp_path / 'compiled'}", "run.steps=1"))
     assert checkpoint.load(runs[1] / "checkpoint-1", session.engine, session.ema) == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_flex_attention_that_is_not_compiled_is_warned_of(
+    compiled: bool, world: Path, tmp_path: Path, traced: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with mock.patch.object(train.attention, "set_attention", return_value="flex"), caplog.at_level("WARNING"):
+        train.build(of_world(world, f"model.compile={str(compiled).lower()}", f"run.out={tmp_path / 'run'}"))
+    assert ("model.attention flex is one kernel only where it is compiled" in caplog.text) != compiled
 
 
 def test_adapters_are_compiled_with_their_base(traced: list[Any]) -> None:
