@@ -161,8 +161,10 @@ def watched(hours: float = 0.0, kept: str = NEWEST) -> Iterator[Watch]:
 def over(code: int) -> None:
     """What the process was for is done: a signal ends it at once, with this exit code and not as if it had failed.
 
-    Python takes a while to clear up, and libraries may, such as trackers that upload.
+    Python takes a while to clear up, and libraries may, such as trackers that upload. Only the main thread can say so.
     """
+    if threading.current_thread() is not threading.main_thread():
+        return
 
     def leave(number: int, frame: FrameType | None) -> None:
         for stream in (sys.stdout, sys.stderr):

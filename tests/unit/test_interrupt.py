@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -75,6 +76,16 @@ def test_once_a_command_is_done_a_signal_leaves_it_its_exit_code(number: int, wo
     assert "still there" not in ended.stdout
     assert time.monotonic() - began < 20
     assert ("dmd2" in ended.stdout) if code == 0 else ("nowhere.yaml" in ended.stderr)
+
+
+def test_in_another_thread_a_command_that_is_done_takes_no_signals() -> None:
+    before = [signal.getsignal(number) for number in interrupt.SIGNALS]
+    thread, failed = threading.Thread(target=interrupt.over, args=(0,)), list[Any]()
+    with mock.patch.object(threading, "excepthook", failed.append):
+        thread.start()
+        thread.join()
+    assert failed == []
+    assert [signal.getsignal(number) for number in interrupt.SIGNALS] == before
 
 
 def test_several_at_once_are_one_request() -> None:
