@@ -182,8 +182,17 @@ def latents(family: Family, items: Sequence[Item | None], card: Card, batch_size
     there = [i for i, item in enumerate(items) if item is not None]
     for first in range(0, len(there), batch_size):
         some = there[first : first + batch_size]
-        x0[some] = family.encode(pixels([item.image for i in some if (item := items[i])])).cpu().float()
+        images = [item.image for i in some if (item := items[i])]
+        x0[some] = family.encode(pixels(filled(images, batch_size)))[: len(some)].cpu().float()
     return x0
+
+
+def filled(rows: Sequence[Any], batch_size: int) -> list[Any]:
+    """As many rows as a whole batch has, the last one again where there are fewer.
+
+    Training encodes no smaller batches either: a kernel for a single row may round otherwise.
+    """
+    return [*rows, *rows[-1:] * (batch_size - len(rows))]
 
 
 def make_prompts(
@@ -221,8 +230,11 @@ def holds(file: Path, prompts: Sequence[str]) -> bool:
 @torch.no_grad()
 def embeddings(family: Family, prompts: Sequence[str], batch_size: int) -> Cond:
     """The conditions of all prompts: [n, ...] each."""
-    some = [family.encode_prompts(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
-    return {name: torch.cat([cond[name].cpu() for cond in some]) for name in (some[0] if some else {})}
+    some = [
+        family.encode_prompts(filled(prompts[i : i + batch_size], batch_size))
+        for i in range(0, len(prompts), batch_size)
+    ]
+    return {name: torch.cat([cond[name].cpu() for cond in some])[: len(prompts)] for name in (some[0] if some else {})}
 
 
 def mine(shards: Mapping[str, Any]) -> dict[str, Any]:
