@@ -192,7 +192,7 @@ def filled(rows: Sequence[Any], batch_size: int) -> list[Any]:
 
     Training encodes no smaller batches either: a kernel for a single row may round otherwise.
     """
-    return [*rows, *rows[-1:] * (batch_size - len(rows))]
+    return [*rows, *[rows[-1]] * (batch_size - len(rows))]
 
 
 def make_prompts(
