@@ -20,7 +20,7 @@ demo: $(VENV)/.installed-eval  ## distil the emoji teacher into one step, judge 
 test: $(VENV)/.installed-dev  ## run all tests (offline, on the CPU); PYTEST="-k NAME" for some
 	$(BIN)/pytest $(PYTEST)
 
-gpu: $(VENV)/.installed-dev  ## run what needs a GPU (six minutes), write docs/gpu.json; GPU="waits" for some
+gpu: $(VENV)/.installed-dev  ## run what needs a GPU (seven minutes), write docs/gpu.json; GPU="waits" for some
 	$(BIN)/python -m tests.gpu.run $(GPU)
 
 check: $(VENV)/.installed-dev  ## formatting, lint, types, spelling

@@ -21,7 +21,7 @@ from . import config, export, parallel, registry
 from . import recipe as recipes
 from .config import ConfigError
 from .data import Item, Listed, PairSource, Skips, Source, Unreadable, cached
-from .data.batches import pixels
+from .data.batches import filled, pixels
 from .data.cached import CARD, DTYPES, EXTRA, UNCOND, Card, Shard, distinct, parts, read_card, write_shard
 from .data.pictures import digest
 from .data.prompts import read as read_prompts
@@ -185,14 +185,6 @@ def latents(family: Family, items: Sequence[Item | None], card: Card, batch_size
         images = [item.image for i in some if (item := items[i])]
         x0[some] = family.encode(pixels(filled(images, batch_size)))[: len(some)].cpu().float()
     return x0
-
-
-def filled(rows: Sequence[Any], batch_size: int) -> list[Any]:
-    """As many rows as a whole batch has, the last one again where there are fewer.
-
-    Training encodes no smaller batches either: a kernel for a single row may round otherwise.
-    """
-    return [*rows, *[rows[-1]] * (batch_size - len(rows))]
 
 
 def make_prompts(

@@ -94,7 +94,7 @@ class Batches:
         if isinstance(self._source, LatentSource):
             device = next(self._family.denoiser.network.parameters()).device
             return to_device(self._source.latents(list(items)), device)
-        images = _filled([item.image for item in items.values()], rows)
+        images = filled([item.image for item in items.values()], rows)
         return _first(self._family.encode(pixels(images)), len(items))
 
     def _cond(self, prompts: Sequence[str]) -> Cond:
@@ -104,15 +104,18 @@ class Batches:
             self._conds.clear()
             new = sorted(set(prompts))
         if new:
-            encoded = self._family.encode_prompts(_filled(new, len(prompts)))
+            encoded = self._family.encode_prompts(filled(new, len(prompts)))
             rows = {name: _first(value, len(new)) for name, value in encoded.items()}
             for i, prompt in enumerate(new):
                 self._conds[prompt] = {name: value[i] for name, value in rows.items()}
         return {name: torch.stack([self._conds[p][name] for p in prompts]) for name in self._conds[prompts[0]]}
 
 
-def _filled(values: Sequence[T], count: int) -> list[T]:
-    """As many as ``count``: from the start again where there are fewer."""
+def filled(values: Sequence[T], count: int) -> list[T]:
+    """As many as ``count``: from the start again where there are fewer.
+
+    A row is then encoded to the same wherever it is: kernels for fewer rows, or for one, may round otherwise.
+    """
     return [values[i % len(values)] for i in range(count)]
 
 
