@@ -57,7 +57,9 @@ class Config:
     dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", "of what is stored; read as float32")
     prompts: str = option("", "file of further prompts to have, as of source prompts; those of grids are anyway")
     seed: int | None = option(None, "of the order; null: that of what it is made of", low=0)
-    batch_size: int = option(8, "images, or prompts, encoded at a time", low=1)
+    batch_size: int = option(
+        8, "images, or prompts, encoded at a time; as run.batch_size, training on it is the same to the bit", low=1
+    )
     shard_size: int = option(256, "rows in a file: what a run that is cut off loses at most", low=1)
 
 

@@ -102,7 +102,7 @@ def test_the_same_training_gives_the_same_losses_and_weights_to_the_bit(
     """Over several turns of the data, in which others stand in for the image that cannot be read."""
     plain = tree(world, name, out=str(tmp_path / "plain"))
     done("train", write(tmp_path / "plain.yaml", plain))
-    made = on_cache(plain, tmp_path / "cache")
+    made = on_cache(plain, tmp_path / "cache", batch_size=plain["run"]["batch_size"])
     made["run"]["out"] = str(tmp_path / "cached")
     done("cache", write(tmp_path / "cached.yaml", made))
     if name == "images":

@@ -95,7 +95,7 @@ def test_a_cache_gives_what_the_family_would(name: str, tmp_path: Path) -> None:
     model = {"path": str(tmp_path / "teacher"), "family": family}
     model |= {"image_size": found.image_size, "num_frames": found.num_frames}
     of = {"source": "images", "path": str(tmp_path / "images")}
-    options = {"source": "cached", "path": str(tmp_path / "cache"), "of": of}
+    options = {"source": "cached", "path": str(tmp_path / "cache"), "of": of, "batch_size": len(found.prompts)}
     made = cache.decode({"model": model, "data": options}, "x")
     assert cache.make(made, device=torch.device("cpu")) == (2, len(set(found.prompts)))
     source, whole = Cached(made.options), load(name, tmp_path / "teacher")
