@@ -44,11 +44,14 @@ class CheckpointError(ValueError):
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``path``; on leaving it is flushed and becomes ``path``, replacing what was there.
 
-    An exception leaves ``path`` as it was.
+    An exception leaves ``path`` as it was. What a process that was killed in it has left beside ``path`` goes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    mark = f".{path.name}.partial-"
+    for leftover in path.parent.iterdir():
+        if leftover.name.startswith(mark) and not _runs(leftover.name.removeprefix(mark)):
+            shutil.rmtree(leftover, ignore_errors=True)
+    partial = path.with_name(f"{mark}{os.getpid()}")
     partial.mkdir()
     try:
         yield partial
@@ -69,6 +72,19 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         _flush(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _runs(process: str) -> bool:
+    """Whether another process of this number is there."""
+    if not process.isdecimal() or int(process) == os.getpid():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        pass
+    return True
 
 
 def _swap(one: Path, other: Path) -> bool:

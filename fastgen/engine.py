@@ -181,8 +181,7 @@ class Engine:
         for role in phase.trains:
             optimizers.set_lr(self.optimizers[role], self.optim[role].lr_at(step, self.steps))
             scaler.step(self.optimizers[role])
-            self.optimizers[role].zero_grad(set_to_none=True)
-            vars(self.optimizers[role]).pop("grad_scale", None)  # of this step alone
+            optimizers.forget(self.optimizers[role])
         scaler.update()
 
     def _check(self, phase: Phase, step: int, logs: Logs) -> None:

@@ -245,6 +245,12 @@ def divide(
         torch._foreach_div_([parallel.local(g) for g in gradients], divisor)
 
 
+def forget(optimizer: torch.optim.Optimizer) -> None:
+    """Drop its gradients, and the number that its last step divided them by."""
+    optimizer.zero_grad(set_to_none=True)
+    vars(optimizer).pop("grad_scale", None)
+
+
 def tensors(optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Its states as plain tensors, "<parameter>:<state>", none sharing memory with another; names: of its parameters.
 

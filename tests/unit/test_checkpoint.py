@@ -429,6 +429,15 @@ def test_leftovers_of_a_killed_write_are_ignored(tmp_path: Path) -> None:
     assert all_checkpoints(tmp_path) == []
     saved(tmp_path)
     assert [p.name for p in all_checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_what_other_processes_are_writing_is_left_alone(tmp_path: Path) -> None:
+    theirs = tmp_path / f".result.partial-{os.getppid()}"
+    theirs.mkdir()
+    with atomic_folder(tmp_path / "result") as folder:
+        (folder / "file").touch()
+    assert theirs.is_dir()
 
 
 def test_a_leftover_of_a_process_of_the_same_number_is_replaced(tmp_path: Path) -> None:
