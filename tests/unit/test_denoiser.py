@@ -77,7 +77,8 @@ def test_guidance_keeps_the_batch_and_its_level() -> None:
     x_t, t = inputs(denoiser.schedule)
     pred = guided(denoiser, labels([""], torch.float64), 2.0)(x_t, t, labels(MIXED, torch.float64))
     assert torch.equal(pred.x_t, x_t)
-    assert torch.equal(pred.at.alpha.flatten(), denoiser.schedule(t).alpha)
+    # a processor may round in vectors otherwise than what is left over, and twice the rows leave none
+    torch.testing.assert_close(pred.at.alpha.flatten(), denoiser.schedule(t).alpha, rtol=1e-14, atol=0)
     assert pred.kind == "v"
 
 
