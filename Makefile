@@ -47,7 +47,7 @@ bench: performance $(VENV)/.installed-eval  ## performance, then train and judge
 	$(BIN)/fastgen bench methods
 
 performance: $(VENV)/.installed-dev  ## measure what an iteration of each method takes and holds, write docs/performance.md
-	$(BIN)/fastgen bench cost --into docs/performance.md
+	$(BIN)/fastgen bench cost --rounds 30 --into docs/performance.md
 	$(BIN)/fastgen bench memory emoji/dmd2_prompts --into docs/performance.md
 
 recovery: $(VENV)/.installed-dev  ## distil the two-dimensional mixture by every method, write docs/recovery.md (15 minutes)
