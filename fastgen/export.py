@@ -462,11 +462,13 @@ def check_pipeline(path: str | Path, *wanted: str) -> None:
         return
     index = folder / "model_index.json"
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such pipeline folder")
+        raise ValueError(f"{folder}: no such pipeline folder; name one that save_pretrained wrote")
     try:
         parts = from_json(index.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{folder}: not a Diffusers pipeline (no model_index.json)") from None
+        raise ValueError(
+            f"{folder}: not a Diffusers pipeline (no model_index.json); name a folder that save_pretrained wrote"
+        ) from None
     except (OSError, ValueError):
         raise ValueError(f"{index}: not valid JSON; save the pipeline again") from None
     if not isinstance(parts, dict):
