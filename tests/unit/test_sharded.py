@@ -54,7 +54,7 @@ class Images:
 
 def one_network(family: Family) -> Method:
     """A student, and an average of it as the target."""
-    # no larger scales, which would enlarge the last bits that differ where batches are of other sizes
+    # larger scales, and the Huber distance by its small c, would enlarge the last bits, which differ by batch size
     return lcm.Method(lcm.Config(guidance=Scales(default=7.5, low=1.0, high=7.5), metric="l2"), family, 2)
 
 
